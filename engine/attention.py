@@ -1,0 +1,137 @@
+"""Attention of a packed step: the tokens of many sequences side by side, each reading its own span of the cache.
+
+Registered with transformers under the name `brainstacks`; the step travels as a keyword argument through the model's
+forward, so nothing global says which batch is running. Attention runs over each sequence's exact length: no padding.
+
+Letters: T tokens of the step, N positions of the cache, Hq and Hk query and key heads, G = Hq / Hk, D head size, n new
+tokens of a sequence, m tokens that it attends to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from engine.errors import BaseUnsupported
+
+ATTENTION_NAME = "brainstacks"
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """One sequence's tokens in a step and its place in the cache."""
+
+    first_token: int  # in the step
+    num_tokens: int
+    first_position: int  # in the cache
+    num_past: int  # tokens already in the cache
+
+    @property
+    def num_keys(self) -> int:
+        """How many positions the last new token attends to without a window."""
+        return self.num_past + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """The cache of every layer and the rows of one step."""
+
+    keys: Sequence[Tensor]  # per layer (Hk, N, D)
+    values: Sequence[Tensor]
+    write_positions: Tensor  # (T,)
+    rows: Sequence[RowSpan]
+    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+
+    def mask(self, row: RowSpan, window: int | None) -> Tensor:
+        """(n, m) bool: which keys each new token of a row may read."""
+        key = (row.num_past, row.num_tokens, window)
+        if key not in self.masks:
+            self.masks[key] = causal_mask(row.num_past, row.num_tokens, window, self.write_positions.device)
+        return self.masks[key]
+
+
+def causal_mask(num_past: int, num_tokens: int, window: int | None, device: torch.device) -> Tensor:
+    """(n, past + n) bool: token i reads key j if j <= past + i and, with a window, j > past + i - window."""
+    query = torch.arange(num_past, num_past + num_tokens, device=device).unsqueeze(1)
+    key = torch.arange(num_past + num_tokens, device=device)
+    allowed = key <= query
+    return allowed if window is None else allowed & (key > query - window)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
+    attention_step: AttentionStep | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """(1, Hq, T, D), (1, Hk, T, D) twice -> (1, T, Hq, D). Without a step: one sequence that is not cached."""
+    if softcap is not None:
+        raise BaseUnsupported("a base with soft-capped attention logits is not supported")
+    if attention_step is None:
+        whole = RowSpan(0, query.shape[2], 0, 0)
+        step = AttentionStep((), (), torch.empty(0, device=query.device), (whole,))
+        return _prefill(query[0], key[0], value[0], step, whole, sliding_window, scaling).unsqueeze(0), None
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    keys, values = attention_step.keys[layer], attention_step.values[layer]
+    keys.index_copy_(1, attention_step.write_positions, key[0])
+    values.index_copy_(1, attention_step.write_positions, value[0])
+    outputs = [
+        _row(query[0], keys, values, attention_step, row, sliding_window, scaling) for row in attention_step.rows
+    ]
+    return torch.cat(outputs).unsqueeze(0), None
+
+
+def _row(
+    query: Tensor, keys: Tensor, values: Tensor, step: AttentionStep, row: RowSpan, window: int | None, scaling: float
+) -> Tensor:
+    """(Hq, T, D), (Hk, N, D) twice -> (n, Hq, D) of one sequence."""
+    last = row.first_position + row.num_keys
+    if row.num_tokens == 1:
+        first = row.first_position if window is None else max(row.first_position, last - window)
+        return _decode(query[:, row.first_token], keys[:, first:last], values[:, first:last], scaling)
+    new = query[:, row.first_token : row.first_token + row.num_tokens]
+    span = slice(row.first_position, last)
+    return _prefill(new, keys[:, span], values[:, span], step, row, window, scaling)
+
+
+def _decode(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """(Hq, D), (Hk, m, D) twice -> (1, Hq, D). The queries that share a key head stand in as its query positions."""
+    heads, size = query.shape
+    grouped = query.reshape(1, keys.shape[0], -1, size)  # (1, Hk, G, D)
+    output = scaled_dot_product_attention(grouped, keys.unsqueeze(0), values.unsqueeze(0), scale=scaling)
+    return output.reshape(1, heads, size)
+
+
+def _prefill(
+    query: Tensor, keys: Tensor, values: Tensor, step: AttentionStep, row: RowSpan, window: int | None, scaling: float
+) -> Tensor:
+    """(Hq, n, D), (Hk, m, D) twice -> (n, Hq, D)."""
+    plain = row.num_past == 0 and (window is None or row.num_tokens <= window)
+    output = scaled_dot_product_attention(
+        query.unsqueeze(0),
+        keys.unsqueeze(0),
+        values.unsqueeze(0),
+        attn_mask=None if plain else step.mask(row, window),
+        is_causal=plain,
+        scale=scaling,
+        enable_gqa=query.shape[0] != keys.shape[0],
+    )
+    return output[0].transpose(0, 1)
+
+
+def install_attention(model: Any) -> None:
+    """Makes a model's decoder compute attention by packed steps. Raises BaseUnsupported for soft-capped attention."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        raise BaseUnsupported("a base with soft-capped attention logits is not supported")
+    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    model.get_decoder().config._attn_implementation = ATTENTION_NAME

@@ -1,0 +1,302 @@
+"""The loop: takes requests from any thread, runs steps in its own, and tells each request what came of it.
+
+Knows the order of things in a step, not how a step is computed. Everything that touches the device happens in the
+engine's thread; other threads leave commands in a queue.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from engine.errors import EngineFailed, EngineStopped, PromptTooLong
+from engine.kv_cache import KvCache
+from engine.model.base import Base
+from engine.runner import Runner, StepOutput
+from engine.sampling import sample, token_logprobs
+from engine.scheduler import ScheduledRow, Scheduler
+from engine.sequence import Sequence, new_sequence
+from engine.types import (
+    EngineSnapshot,
+    Event,
+    FailedEvent,
+    FinishReason,
+    GenerationRequest,
+    PromptEvent,
+    TokenLogprob,
+)
+
+logger = logging.getLogger(__name__)
+
+IDLE_WAIT_SECONDS = 0.5  # how often an idle engine shows that it is alive
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Job(Generic[T]):
+    work: Callable[[], T]
+    result: "Future[T]"
+
+    def run(self) -> None:
+        """Runs the work and settles its future."""
+        if not self.result.set_running_or_notify_cancel():
+            return
+        try:
+            self.result.set_result(self.work())
+        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the caller, not to the loop
+            self.result.set_exception(error)
+
+
+class _Wake:
+    """Ends an idle wait."""
+
+
+_Command = _Submit | _Cancel | _Job[Any] | _Wake
+
+
+class Engine:
+    """Generates tokens for many requests at once, each with its own mix and its own sampling parameters."""
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        max_batch_rows: int,
+        max_model_len: int,
+        kv_cache_tokens: int,
+        max_step_tokens: int = 512,
+    ) -> None:
+        if max_model_len > base.max_positions:
+            raise ValueError(f"max_model_len {max_model_len} is more than the base's {base.max_positions} positions")
+        if kv_cache_tokens < max_model_len:
+            raise ValueError(f"kv_cache_tokens {kv_cache_tokens} does not hold one request of {max_model_len} tokens")
+        if max_step_tokens <= max_batch_rows:
+            raise ValueError(f"max_step_tokens {max_step_tokens} must be more than max_batch_rows {max_batch_rows}")
+        self.base = base
+        self.max_model_len = max_model_len
+        self._runner = Runner(base, num_kv_positions=kv_cache_tokens)
+        self._scheduler = Scheduler(KvCache(kv_cache_tokens), max_rows=max_batch_rows, max_step_tokens=max_step_tokens)
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._sequences: dict[str, Sequence] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stopping = threading.Event()
+        self._admission = threading.Lock()  # nothing is put behind the last drain
+        self._alive_at = time.monotonic()
+        self._steps = 0
+        self._snapshot = EngineSnapshot(0, 0, 0.0, 0)
+
+    def start(self) -> None:
+        """Starts the engine's thread."""
+        self._alive_at = time.monotonic()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after its step; every request still in the engine fails with EngineStopped."""
+        with self._admission:
+            self._stopping.set()
+            self._commands.put(_Wake())
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
+        """Queues a request. `on_event` is called in the engine's thread, must not block and must not raise.
+
+        Raises PromptTooLong if prompt and max_tokens exceed the context, ValueError for tokens outside the vocabulary.
+        """
+        self._check(request)
+        sequence = new_sequence(request, on_event, tokenizer=self.base.tokenizer, eos_token_ids=self.base.eos_token_ids)
+        self._put(_Submit(sequence))
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request before its next step. A request that already ended is left alone."""
+        self._put(_Cancel(request_id), quiet=True)
+
+    def run_on_device(self, work: Callable[[], T]) -> "Future[T]":
+        """Runs `work` in the engine's thread between two steps, with every stack off."""
+        job = _Job(work, Future())
+        self._put(job)
+        return job.result
+
+    def heartbeat_age_seconds(self) -> float:
+        """Seconds since the loop last came round: under a second when idle, under a step's length when busy."""
+        return time.monotonic() - self._alive_at
+
+    def snapshot(self) -> EngineSnapshot:
+        """What the engine was doing after its latest step."""
+        return self._snapshot
+
+    def _check(self, request: GenerationRequest) -> None:
+        num_prompt, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
+        if num_prompt == 0:
+            raise ValueError("a prompt must have at least one token")
+        if num_prompt + max_tokens > self.max_model_len:
+            raise PromptTooLong(
+                f"{num_prompt} prompt tokens and max_tokens {max_tokens} exceed the context of {self.max_model_len}"
+            )
+        vocabulary = self.base.text_config.vocab_size
+        named = {*request.prompt_ids, *request.sampling.logit_bias}
+        foreign = [token for token in named if not 0 <= token < vocabulary]
+        if foreign:
+            raise ValueError(f"token id {foreign[0]} is outside the vocabulary of {vocabulary}")
+
+    def _put(self, command: _Command, *, quiet: bool = False) -> None:
+        with self._admission:
+            if not self._stopping.is_set():
+                self._commands.put(command)
+            elif not quiet:
+                raise EngineStopped("the engine is shutting down")
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._take_commands()
+            rows = self._scheduler.schedule()
+            if rows:
+                self._step(rows)
+            self._beat()
+        self._take_commands()
+        self._fail_all(EngineStopped("the engine is shutting down"))
+        self._beat()
+
+    def _take_commands(self) -> None:
+        """Handles every command there is; waits for the first if there is nothing to run."""
+        if not self._scheduler.running and not self._scheduler.waiting and not self._stopping.is_set():
+            try:
+                self._handle(self._commands.get(timeout=IDLE_WAIT_SECONDS))
+            except queue.Empty:
+                return
+        while True:
+            try:
+                self._handle(self._commands.get_nowait())
+            except queue.Empty:
+                return
+
+    def _handle(self, command: _Command) -> None:
+        match command:
+            case _Submit(sequence):
+                self._sequences[sequence.request.request_id] = sequence
+                self._scheduler.add(sequence)
+            case _Cancel(request_id):
+                if (cancelled := self._sequences.get(request_id)) is not None:
+                    self._finish(cancelled, "cancelled")
+            case _Job():
+                self._runner.base_only()
+                command.run()
+                self._beat()
+            case _Wake():
+                pass
+
+    def _step(self, rows: list[ScheduledRow]) -> None:
+        now = time.monotonic()
+        for row in rows:
+            if row.sequence.started_at is None:
+                row.sequence.started_at = now
+        try:
+            output = self._runner.run(rows, self._scheduler.running)
+            for row in rows:
+                row.sequence.num_computed += row.num_tokens
+            self._report_prompts(output)
+            self._sample(output)
+        except Exception as error:  # the engine outlives a step that fails, its requests do not
+            logger.exception("step failed rows=%d", len(rows))
+            self._fail_all(EngineFailed(f"a step of the engine failed: {error}"))
+        self._steps += 1
+
+    def _report_prompts(self, output: StepOutput) -> None:
+        """Collects prompt logprobs chunk by chunk; tells each sequence whose prompt is complete."""
+        for sequence, logits in output.prompt_logits.items():
+            known = sequence.prompt_logprobs
+            if not known:
+                known.append(None)  # nothing predicts the first token
+            following = sequence.token_ids[len(known) : len(known) + len(logits)]
+            num_top = sequence.request.sampling.prompt_logprobs or 0
+            known += token_logprobs(logits[: len(following)], following, num_top)
+        for sequence in output.sampled:
+            if sequence.num_output == 0:
+                wanted = sequence.request.sampling.prompt_logprobs is not None
+                sequence.on_event(PromptEvent(tuple(sequence.prompt_logprobs) if wanted else None))
+
+    def _sample(self, output: StepOutput) -> None:
+        """Extends every sampled sequence by one token, unless it wants none."""
+        if not output.sampled:
+            return
+        logprobs = _RawLogprobs(output)
+        tokens = sample(output.sampled_logits, [sequence.sampler for sequence in output.sampled])
+        now = time.monotonic()
+        for index, (sequence, token) in enumerate(zip(output.sampled, tokens, strict=True)):
+            if sequence.first_token_at is None:
+                sequence.first_token_at = now
+            if sequence.request.sampling.max_tokens == 0:
+                self._finish(sequence, "length")
+                continue
+            sequence.token_ids.append(token)
+            event = sequence.detokenizer.push(token, logprobs.of(index, token))
+            if event is not None:
+                sequence.on_event(event)
+            reason = self._finish_reason(sequence, token)
+            if reason is not None:
+                self._finish(sequence, reason)
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        sampling = sequence.request.sampling
+        ended = token in self.base.eos_token_ids and not sampling.ignore_eos
+        if ended or sequence.detokenizer.stopped:
+            return "stop"
+        return "length" if sequence.num_output >= sampling.max_tokens else None
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Lets go of everything that a sequence holds and sends its last events."""
+        self._forget(sequence)
+        if reason != "cancelled" and not sequence.detokenizer.stopped:
+            event = sequence.detokenizer.finish()
+            if event is not None:
+                sequence.on_event(event)
+        sequence.on_event(sequence.finished(reason))
+
+    def _fail_all(self, error: Exception) -> None:
+        for sequence in list(self._sequences.values()):
+            self._forget(sequence)
+            sequence.on_event(FailedEvent(error))
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        self._sequences.pop(sequence.request.request_id, None)
+        if not self._scheduler.running:
+            self._runner.release_pack()
+            self._scheduler.check_integrity()
+
+    def _beat(self) -> None:
+        self._alive_at = time.monotonic()
+        running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
+        self._snapshot = EngineSnapshot(running, waiting, self._scheduler.kv_cache.used_ratio, self._steps)
+
+
+class _RawLogprobs:
+    """The logprobs of a step's rows, taken before sampling changes the logits; computed for rows that want them."""
+
+    def __init__(self, output: StepOutput) -> None:
+        self._num_top = [sequence.request.sampling.logprobs for sequence in output.sampled]
+        self._logits = {
+            index: output.sampled_logits[index : index + 1].clone()
+            for index, num_top in enumerate(self._num_top)
+            if num_top is not None
+        }
+
+    def of(self, index: int, token: int) -> TokenLogprob | None:
+        """The logprob of a row's chosen token, or None if the row did not ask."""
+        num_top = self._num_top[index]
+        return None if num_top is None else token_logprobs(self._logits[index], [token], num_top)[0]

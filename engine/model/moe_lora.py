@@ -1,0 +1,372 @@
+"""The one definition of a stack's mathematics: training form and serving form. Knows tensors, not files or requests.
+
+Letters: T tokens, I in, O out, P projections that share an input, E experts, R rank, K active experts, S stacks in
+a pack, C = sum of E*R over the stacks in a pack (rank rows), X = S * largest E (expert columns, padded).
+
+Per projection (Brainstacks paper, section 3.1; Shazeer et al. 2017, section 2.1; rsLoRA, Kalajdzievski 2023):
+
+    logits = x gateᵀ (+ softplus(x noiseᵀ) * N(0, 1) for the stack being trained, in train mode)
+    g      = softmax over the K largest logits, 0 elsewhere
+    delta  = s * sum_e g_e * B_e (A_e x),   s = alpha / sqrt(R)
+
+Only the training form has noise; a frozen stack is always computed by the serving form, which has none.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stack_store.format import INPUT_GROUPS, Geometry, GroupTensors, ProjectionTensors, StackHeader
+
+GroupKey = tuple[int, str]  # layer, input group
+
+
+@dataclass(frozen=True, slots=True)
+class MoeLoraConfig:
+    """The shape of a stack. Raises ValueError that names the field."""
+
+    num_experts: int = 4
+    rank: int = 16
+    top_k: int = 2
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1 or self.rank < 1:
+            raise ValueError(f"num_experts and rank must be positive, got {self.num_experts} and {self.rank}")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k must be between 1 and num_experts {self.num_experts}, got {self.top_k}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha must be positive, got {self.alpha}")
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / sqrt(R), the rank-stabilised scale."""
+        return self.alpha / math.sqrt(self.rank)
+
+
+def top_k_gate(logits: Tensor, top_k: int) -> Tensor:
+    """(..., E) -> (..., E) in float32: softmax over the K largest logits, 0 elsewhere."""
+    values, experts = logits.float().topk(top_k, dim=-1)  # (..., K) each
+    return torch.zeros_like(logits, dtype=torch.float32).scatter(-1, experts, values.softmax(dim=-1))
+
+
+def load_balance_loss(noisy_logits: Tensor, gate: Tensor, top_k: int) -> Tensor:
+    """(T, E), (T, E) -> scalar: E * sum_e P_e f_e, 1 at best (design of Switch Transformer, section 2.2, for top-K).
+
+    P_e, the mean probability of expert e, carries the gradient; f_e, its share of the T*K assignments, is a constant.
+    """
+    num_experts = noisy_logits.shape[-1]
+    probability = noisy_logits.float().softmax(dim=-1).mean(dim=-2)  # (..., E)
+    share = (gate > 0).float().mean(dim=-2).detach() / top_k  # (..., E)
+    return num_experts * (probability * share).sum(dim=-1)
+
+
+class MoeLoraGroup(nn.Module):
+    """The training form of one layer's input group: P projections that read the same input."""
+
+    def __init__(self, in_features: int, out_features: Sequence[int], config: MoeLoraConfig) -> None:
+        super().__init__()
+        p, e, r = len(out_features), config.num_experts, config.rank
+        bound = 1.0 / math.sqrt(in_features)  # kaiming_uniform_ with a = sqrt(5)
+        self.config = config
+        self.a = nn.Parameter(torch.empty(p, e, r, in_features).uniform_(-bound, bound))
+        self.gate = nn.Parameter(torch.empty(p, e, in_features).normal_(0.0, 0.02))
+        self.noise = nn.Parameter(torch.zeros(p, e, in_features))
+        # Stored transposed, (E*R, O), as a stack file has it. Zero: a fresh stack changes nothing.
+        self.b = nn.ParameterList([nn.Parameter(torch.zeros(e * r, out)) for out in out_features])
+        self.aux_loss: Tensor | None = None  # of the latest forward in train mode, mean over the projections
+        self.expert_share: Tensor | None = None  # (P, E) share of the assignments in the latest forward
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(T, I) -> P tensors (T, O), in x's dtype."""
+        p, e, r = self.a.shape[0], self.config.num_experts, self.config.rank
+        weights = [self.a.reshape(p * e * r, -1), self.gate.reshape(p * e, -1)]
+        if self.training:
+            weights.append(self.noise.reshape(p * e, -1))
+        products = F.linear(x, torch.cat(weights).to(x.dtype))  # (T, P*E*R + P*E (+ P*E))
+        mid = products[:, : p * e * r].view(-1, p, e, r)
+        logits = products[:, p * e * r : p * e * (r + 1)].reshape(-1, p, e).float()
+        if self.training:
+            deviation = F.softplus(products[:, p * e * (r + 1) :].reshape(-1, p, e).float())
+            logits = logits + deviation * torch.randn_like(deviation)
+        gate = top_k_gate(logits, self.config.top_k)  # (T, P, E)
+        self.expert_share = (gate.detach() > 0).float().mean(dim=0) / self.config.top_k
+        if self.training:
+            by_projection = (logits.transpose(0, 1), gate.transpose(0, 1))  # (P, T, E) each
+            self.aux_loss = load_balance_loss(*by_projection, self.config.top_k).mean()
+        weighted = (mid * (gate * self.config.scale).to(x.dtype).unsqueeze(-1)).flatten(2)  # (T, P, E*R)
+        return [weighted[:, i] @ b.to(x.dtype) for i, b in enumerate(self.b)]
+
+    def projection(self, index: int) -> ProjectionTensors:
+        """A copy of one projection's weights in the training layout, detached, float32."""
+        e, r = self.config.num_experts, self.config.rank
+        b = self.b[index].detach().float()  # (E*R, O)
+        return ProjectionTensors(
+            a=self.a[index].detach().float().clone(),
+            b=b.view(e, r, -1).transpose(1, 2).contiguous(),
+            gate=self.gate[index].detach().float().clone(),
+        )
+
+
+class MoeLoraStack(nn.Module):
+    """One trainable stack: an input group of each kind in every layer."""
+
+    def __init__(self, geometry: Geometry, config: MoeLoraConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.groups = nn.ModuleDict(
+            {
+                f"{layer}_{group}": MoeLoraGroup(
+                    geometry.shapes[members[0]][0], [geometry.shapes[name][1] for name in members], config
+                )
+                for layer in range(geometry.num_layers)
+                for group, members in INPUT_GROUPS.items()
+            }
+        )
+
+    def group(self, layer: int, group: str) -> MoeLoraGroup:
+        """The module of one layer's input group."""
+        module = self.groups[f"{layer}_{group}"]
+        assert isinstance(module, MoeLoraGroup)
+        return module
+
+    def all_groups(self) -> Iterable[MoeLoraGroup]:
+        """Every group, layer by layer."""
+        for module in self.groups.values():
+            assert isinstance(module, MoeLoraGroup)
+            yield module
+
+    def aux_loss(self) -> Tensor:
+        """Scalar: the load-balance loss of the latest forward, averaged over all projections."""
+        losses = [(group.aux_loss, len(group.b)) for group in self.all_groups() if group.aux_loss is not None]
+        weighted = torch.stack([loss * count for loss, count in losses])
+        return weighted.sum() / sum(count for _, count in losses)
+
+    def projections(self, num_layers: int) -> dict[tuple[int, str], ProjectionTensors]:
+        """Every projection's weights in the training layout, by layer and projection name."""
+        return {
+            (layer, name): self.group(layer, group).projection(index)
+            for layer in range(num_layers)
+            for group, members in INPUT_GROUPS.items()
+            for index, name in enumerate(members)
+        }
+
+
+class TrainingDeltas:
+    """The source of deltas while a stack trains: computes a group's deltas at its first projection."""
+
+    def __init__(self, stack: MoeLoraStack) -> None:
+        self.stack = stack
+        self.enabled = True  # off: exactly the base
+        self._pending: list[Tensor] = []
+        self._input: Tensor | None = None
+
+    def add_delta(self, y: Tensor, x: Tensor, layer: int, group: str, index: int) -> Tensor:
+        """(..., O), (..., I) -> (..., O): y plus the delta of the stack being trained."""
+        if not self.enabled:
+            return y
+        if self._input is not x or index == 0:
+            self._input, self._pending = x, self.stack.group(layer, group)(x.reshape(-1, x.shape[-1]))
+        delta = self._pending[index]
+        if index == len(self._pending) - 1:
+            self._input, self._pending = None, []
+        return y + delta.view_as(y)
+
+
+@dataclass(frozen=True, slots=True)
+class ServingGroup:
+    """The serving weights of one input group of one stack, or of several packed side by side."""
+
+    a_and_gate: Tensor  # (P, C + X, I): a projection's rank rows, then its gates
+    b: tuple[Tensor, ...]  # P tensors (C, O)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServingStack:
+    """One frozen stack on the device, ready to be computed or packed."""
+
+    num_experts: int
+    rank: int
+    top_k: int
+    scale: float
+    groups: Mapping[GroupKey, ServingGroup]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights on the device."""
+        tensors = (tensor for group in self.groups.values() for tensor in (group.a_and_gate, *group.b))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def serving_stack(
+    header: StackHeader, groups: Mapping[GroupKey, GroupTensors], *, dtype: torch.dtype, device: torch.device
+) -> ServingStack:
+    """A stack file's tensors in the layout and dtype in which they are computed, in one allocation."""
+    memory = _Memory(sum(t.numel() for group in groups.values() for t in (group.a, group.gate, group.b)), dtype, device)
+    shapes = header.geometry.shapes
+    return ServingStack(
+        num_experts=header.num_experts,
+        rank=header.rank,
+        top_k=header.top_k,
+        scale=header.scale,
+        groups={
+            (layer, name): _serving_group(tensors, [shapes[projection][1] for projection in INPUT_GROUPS[name]], memory)
+            for (layer, name), tensors in groups.items()
+        },
+    )
+
+
+class _Memory:
+    """One flat allocation, handed out piece by piece."""
+
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._flat = torch.empty(numel, dtype=dtype, device=device)
+        self._used = 0
+
+    def take(self, *shape: int) -> Tensor:
+        """The next piece, uninitialised."""
+        start, self._used = self._used, self._used + math.prod(shape)
+        return self._flat[start : self._used].view(shape)
+
+
+def _serving_group(tensors: GroupTensors, out_features: list[int], memory: _Memory) -> ServingGroup:
+    p = len(out_features)
+    a = tensors.a.view(p, -1, tensors.a.shape[-1])  # (P, E*R, I)
+    gate = tensors.gate.view(p, -1, tensors.gate.shape[-1])  # (P, E, I)
+    a_and_gate = memory.take(p, a.shape[1] + gate.shape[1], a.shape[2])
+    a_and_gate[:, : a.shape[1]] = a
+    a_and_gate[:, a.shape[1] :] = gate
+    return ServingGroup(
+        a_and_gate, tuple(memory.take(*b.shape).copy_(b) for b in torch.split(tensors.b, out_features, dim=1))
+    )
+
+
+class StackPack:
+    """Several stacks side by side: two products serve them all, whatever each row's mix.
+
+    Experts are padded to the largest E, and stacks with fewer active experts than the largest K are masked, so
+    stacks of any shape share a pack.
+    """
+
+    def __init__(self, stacks: Sequence[ServingStack]) -> None:
+        if not stacks:
+            raise ValueError("a pack needs at least one stack")
+        device = next(iter(stacks[0].groups.values())).a_and_gate.device
+        self.num_stacks = len(stacks)
+        self.max_experts = max(stack.num_experts for stack in stacks)
+        self.max_top_k = max(stack.top_k for stack in stacks)
+        self.rank_rows = sum(stack.num_experts * stack.rank for stack in stacks)
+        self.scales = torch.tensor([stack.scale for stack in stacks], device=device)  # (S,)
+        self.expert_of_row = _expert_of_row(stacks, self.max_experts).to(device)  # (C,)
+        self.stack_of_row = self.expert_of_row // self.max_experts  # (C,)
+        self.no_expert = _padding_mask(stacks, self.max_experts, device)  # (S, E) or None
+        self.no_choice = _choice_mask(stacks, self.max_top_k, device)  # (S, K) or None
+        self.groups: dict[GroupKey, ServingGroup] = {key: self._concatenate(stacks, key) for key in stacks[0].groups}
+
+    def _concatenate(self, stacks: Sequence[ServingStack], key: GroupKey) -> ServingGroup:
+        if len(stacks) == 1:
+            return stacks[0].groups[key]  # the stack's own memory: nothing is copied
+        groups = [(stack, stack.groups[key]) for stack in stacks]
+        ranks = [group.a_and_gate[:, : stack.num_experts * stack.rank] for stack, group in groups]
+        gates = [
+            F.pad(
+                group.a_and_gate[:, stack.num_experts * stack.rank :], (0, 0, 0, self.max_experts - stack.num_experts)
+            )
+            for stack, group in groups
+        ]
+        return ServingGroup(
+            a_and_gate=torch.cat([*ranks, *gates], dim=1),
+            b=tuple(torch.cat(columns) for columns in zip(*(group.b for _, group in groups), strict=True)),
+        )
+
+    def step(self, row_weights: Tensor) -> "PackStep":
+        """Binds the pack to one batch. `row_weights` (T, S) float32: each token's weight of each stack, 0 for none."""
+        return PackStep(
+            pack=self,
+            scaled_weights=(row_weights * self.scales).unsqueeze(1).unsqueeze(-1),
+            in_use=row_weights.ne(0)[:, self.stack_of_row].unsqueeze(1),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PackStep:
+    """A pack and the weights of one batch's tokens."""
+
+    pack: StackPack
+    scaled_weights: Tensor  # (T, 1, S, 1): row weight times scale
+    in_use: Tensor  # (T, 1, C) bool
+
+    def weighted_mid(self, x: Tensor, key: GroupKey) -> Tensor:
+        """(T, I) -> (P, T, C): the A products of a group, times gate, scale and row weight."""
+        pack = self.pack
+        weights = pack.groups[key].a_and_gate  # (P, C + X, I)
+        p, rows, _ = weights.shape
+        products = F.linear(x, weights.view(p * rows, -1)).view(-1, p, rows)
+        mid, logits = torch.split(products, [pack.rank_rows, rows - pack.rank_rows], dim=-1)
+        gate = self._gate(logits.reshape(-1, p, pack.num_stacks, pack.max_experts))  # (T, P, S, E)
+        factor = (gate * self.scaled_weights).flatten(2).to(x.dtype)  # (T, P, X)
+        per_row = factor.index_select(-1, pack.expert_of_row)  # (T, P, C)
+        # Not only a product: 0 * inf would let a broken stack reach rows that do not use it.
+        return torch.where(self.in_use, mid * per_row, 0.0).transpose(0, 1)
+
+    def _gate(self, logits: Tensor) -> Tensor:
+        pack = self.pack
+        logits = logits.float()
+        if pack.no_expert is not None:
+            logits = logits.masked_fill(pack.no_expert, -math.inf)
+        values, experts = logits.topk(pack.max_top_k, dim=-1)  # (T, P, S, K) each
+        if pack.no_choice is not None:
+            values = values.masked_fill(pack.no_choice, -math.inf)
+        return torch.zeros_like(logits).scatter(-1, experts, values.softmax(dim=-1))
+
+
+class ServingDeltas:
+    """The source of deltas while serving: holds the current step, computes a group's A product once.
+
+    The wrapped projections of a group are called with the same tensor, one after the other; the product of the first
+    is kept for the others and forgotten with the last.
+    """
+
+    def __init__(self) -> None:
+        self.current: PackStep | None = None  # None: every row is the base alone
+        self._input: Tensor | None = None
+        self._key: GroupKey | None = None
+        self._mid: Tensor | None = None
+
+    def add_delta(self, y: Tensor, x: Tensor, layer: int, group: str, index: int) -> Tensor:
+        """(..., O), (..., I) -> (..., O): y plus the deltas of the current step."""
+        step = self.current
+        if step is None:
+            return y
+        key = (layer, group)
+        if self._input is not x or self._key != key or self._mid is None:
+            self._input, self._key, self._mid = x, key, step.weighted_mid(x.reshape(-1, x.shape[-1]), key)
+        mid = self._mid[index]
+        members = step.pack.groups[key].b
+        if index == len(members) - 1:
+            self._input = self._key = self._mid = None
+        return torch.addmm(y.view(-1, y.shape[-1]), mid, members[index]).view_as(y)
+
+
+def _expert_of_row(stacks: Sequence[ServingStack], max_experts: int) -> Tensor:
+    columns = [
+        index * max_experts + torch.arange(stack.num_experts).repeat_interleave(stack.rank)
+        for index, stack in enumerate(stacks)
+    ]
+    return torch.cat(columns)
+
+
+def _padding_mask(stacks: Sequence[ServingStack], max_experts: int, device: torch.device) -> Tensor | None:
+    num_experts = torch.tensor([[stack.num_experts] for stack in stacks])
+    mask = torch.arange(max_experts) >= num_experts
+    return mask.to(device) if mask.any() else None
+
+
+def _choice_mask(stacks: Sequence[ServingStack], max_top_k: int, device: torch.device) -> Tensor | None:
+    top_k = torch.tensor([[stack.top_k] for stack in stacks])
+    mask = torch.arange(max_top_k) >= top_k
+    return mask.to(device) if mask.any() else None

@@ -1,0 +1,118 @@
+"""Runs one step on the device: owns the cache's memory, the pack of stacks and the model. Knows no queues or text.
+
+Letters: T tokens of the step, S stacks in the pack, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.attention import AttentionStep, RowSpan, install_attention
+from engine.model.base import Base
+from engine.model.inject import inject
+from engine.model.moe_lora import ServingDeltas, ServingStack, StackPack
+from engine.scheduler import ScheduledRow
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step computed. Row i of the logits predicts the token after the i-th wanted position."""
+
+    sampled: list[Sequence]
+    sampled_logits: Tensor  # (sampled, V) float32
+    prompt_logits: dict[Sequence, Tensor]  # of rows that asked for prompt logprobs: (tokens of this step, V)
+
+
+class Runner:
+    """The device's one user. Not thread-safe: the engine's thread calls it."""
+
+    def __init__(self, base: Base, *, num_kv_positions: int) -> None:
+        self.base = base
+        self._deltas = ServingDeltas()
+        self._pack: StackPack | None = None
+        self._packed: tuple[ServingStack, ...] = ()
+        install_attention(base.model)
+        inject(base.sites, self._deltas)
+        config = base.text_config
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (base.num_layers, config.num_key_value_heads, num_kv_positions, head_size)
+        # Empty, not zeroed: on a CPU the system gives pages to positions that are used.
+        self._keys = torch.empty(shape, dtype=base.dtype, device=base.device).unbind(0)
+        self._values = torch.empty(shape, dtype=base.dtype, device=base.device).unbind(0)
+
+    def run(self, rows: Rows[ScheduledRow], running: Rows[Sequence]) -> StepOutput:
+        """Passes the rows' tokens through the model. The pack covers the mixes of all running sequences."""
+        with torch.inference_mode():
+            spans = _row_spans(rows)
+            ids, positions, places = self._inputs(rows, spans)
+            step = AttentionStep(self._keys, self._values, places, spans)
+            self._bind_mix(rows, running)
+            hidden = self.base.decoder(
+                input_ids=ids, position_ids=positions, use_cache=False, attention_step=step
+            ).last_hidden_state[0]  # (T, H)
+            return self._output(rows, spans, hidden)
+
+    def base_only(self) -> None:
+        """Turns every stack off until the next step."""
+        self._deltas.current = None
+
+    def release_pack(self) -> None:
+        """Drops the packed copy of the stacks that were in use."""
+        self._pack, self._packed = None, ()
+        self._deltas.current = None
+
+    def _inputs(self, rows: Rows[ScheduledRow], spans: Rows[RowSpan]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids (1, T), positions in their sequence (1, T), places in the cache (T,)."""
+        ids: list[int] = []
+        positions: list[int] = []
+        places: list[int] = []
+        for row, span in zip(rows, spans, strict=True):
+            ids += row.sequence.token_ids[span.num_past : span.num_keys]
+            positions += range(span.num_past, span.num_keys)
+            places += range(span.first_position + span.num_past, span.first_position + span.num_keys)
+        stacked = torch.tensor([ids, positions, places], device=self.base.device)
+        return stacked[0:1], stacked[1:2], stacked[2]
+
+    def _bind_mix(self, rows: Rows[ScheduledRow], running: Rows[Sequence]) -> None:
+        """Points the deltas at this step's stacks and weights; at none if no row of the step has a mix."""
+        if not any(row.sequence.request.mix for row in rows):
+            self._deltas.current = None
+            return
+        in_use = {stack: None for sequence in running for domain, _ in sequence.request.mix for stack in domain.stacks}
+        stacks = tuple(in_use)
+        if set(stacks) != set(self._packed):
+            self.release_pack()  # before the next is built: two packs never lie side by side
+            self._pack, self._packed = StackPack(stacks), stacks
+        assert self._pack is not None
+        column = {stack: index for index, stack in enumerate(self._packed)}
+        weights = torch.zeros(len(rows), len(stacks))
+        for index, row in enumerate(rows):
+            for domain, weight in row.sequence.request.mix:
+                for stack in domain.stacks:
+                    weights[index, column[stack]] += weight
+        counts = torch.tensor([row.num_tokens for row in rows])
+        self._deltas.current = self._pack.step(weights.repeat_interleave(counts, dim=0).to(self.base.device))
+
+    def _output(self, rows: Rows[ScheduledRow], spans: Rows[RowSpan], hidden: Tensor) -> StepOutput:
+        sampled = [(row.sequence, span) for row, span in zip(rows, spans, strict=True) if row.is_sampled]
+        last = torch.tensor([span.first_token + span.num_tokens - 1 for _, span in sampled], dtype=torch.long)
+        logits = self.base.head(hidden[last.to(hidden.device)]).float()
+        prompt_logits = {
+            row.sequence: self.base.head(hidden[span.first_token : span.first_token + span.num_tokens]).float()
+            for row, span in zip(rows, spans, strict=True)
+            if row.sequence.request.sampling.prompt_logprobs is not None and row.sequence.num_output == 0
+        }
+        return StepOutput([sequence for sequence, _ in sampled], logits, prompt_logits)
+
+
+def _row_spans(rows: Rows[ScheduledRow]) -> list[RowSpan]:
+    spans: list[RowSpan] = []
+    first_token = 0
+    for row in rows:
+        assert row.sequence.span is not None
+        spans.append(RowSpan(first_token, row.num_tokens, row.sequence.span.start, row.sequence.num_computed))
+        first_token += row.num_tokens
+    return spans

@@ -1,0 +1,36 @@
+"""The requests of the admin API. Knows field names, not the store. A mistyped key is an error, never ignored."""
+
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class FileSource(BaseModel):
+    """One file: by path under the import root, or by the digest of an upload."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    path: Annotated[str, Field(min_length=1)] | None = None
+    sha256: Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.path is None) == (self.sha256 is None):
+            raise PydanticCustomError("invalid", "give either path or sha256")
+        return self
+
+
+class RegisterDomainRequest(BaseModel):
+    """PUT /admin/domains/{name}: the domain's rounds, in order."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    stacks: Annotated[list[FileSource], Field(min_length=1)]
+    dry_run: bool = False
+
+
+class SetRouterRequest(FileSource):
+    """PUT /admin/router."""

@@ -1,0 +1,44 @@
+"""Makes the HTTP application of parts that exist already. Knows routes and middleware; compose.py makes the parts."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.staticfiles import StaticFiles
+
+from server.access import Keys
+from server.body_limit import BodyLimit
+from server.boundary import RequestBoundary
+from server.config import Settings
+from server.error_responses import install_handlers
+from server.routes import admin, health, openai
+from server.service import Service
+from server.store_admin import StoreAdmin
+
+
+def create_app(service: Service, store_admin: StoreAdmin, settings: Settings) -> FastAPI:
+    """An app whose lifespan starts and stops the engine."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.engine.stop)  # waits for the step that runs
+            await store_admin.close()
+            service.catalog.cache.close()
+
+    app = FastAPI(title="Brainstacks", lifespan=lifespan, redirect_slashes=False)
+    app.state.service = service
+    app.state.store_admin = store_admin
+    app.state.settings = settings
+    app.state.keys = Keys(api_keys=settings.server.api_keys, admin_key=settings.server.admin_key)
+    install_handlers(app)
+    for part in (openai, admin, health):
+        app.include_router(part.router)
+    app.mount("/playground", StaticFiles(directory=health.PLAYGROUND), name="playground")
+    app.add_middleware(BodyLimit, max_body_bytes=settings.server.max_body_bytes)
+    app.add_middleware(RequestBoundary, metrics=service.metrics)
+    return app

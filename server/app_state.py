@@ -1,0 +1,28 @@
+"""Finds what a request's app was made of. Knows where create_app keeps it."""
+
+from starlette.requests import Request
+
+from server.config import Settings
+from server.service import Service
+from server.store_admin import StoreAdmin
+
+
+def service_of(request: Request) -> Service:
+    """The service that answers."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+def store_admin_of(request: Request) -> StoreAdmin:
+    """The store's administration."""
+    store_admin = request.app.state.store_admin
+    assert isinstance(store_admin, StoreAdmin)
+    return store_admin
+
+
+def settings_of(request: Request) -> Settings:
+    """The settings that the app was made with."""
+    settings = request.app.state.settings
+    assert isinstance(settings, Settings)
+    return settings

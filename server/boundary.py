@@ -1,0 +1,106 @@
+"""The outermost layer of every request: its id, its one log line, its count, and the last catch. Knows no endpoint."""
+
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.error_responses import response_to
+from server.errors import answer_for
+from server.generation import Generation
+from server.logs import request_id_var
+from server.metrics import ServerMetrics
+
+logger = logging.getLogger(__name__)
+
+CLIENT_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+QUIET_ENDPOINTS = frozenset({"/metrics", "/health", "/health/live", "/health/ready"})
+UNKNOWN_ENDPOINT = "other"
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What the log line and the counter say of a request. Routes add what they learn."""
+
+    request_id: str
+    status: int = 500
+    generation: Generation | None = None
+
+
+def record_of(request: Request) -> RequestRecord:
+    """The record that the boundary made for this request."""
+    record = request.scope["brainstacks.record"]
+    assert isinstance(record, RequestRecord)
+    return record
+
+
+class RequestBoundary:
+    """ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, *, metrics: ServerMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = RequestRecord(_request_id(scope))
+        scope["brainstacks.record"] = record
+        token = request_id_var.set(record.request_id)
+        began = time.monotonic()
+        try:
+            await self._answer(scope, receive, send, record)
+        finally:
+            self._note(scope, record, time.monotonic() - began)
+            request_id_var.reset(token)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                record.status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:  # the HTTP boundary: nothing that a request did may end the server
+            logger.exception("request failed")
+            record.status = answer_for(error).status
+            if not started:
+                await response_to(error)(scope, receive, send_with_id)
+
+    def _note(self, scope: Scope, record: RequestRecord, seconds: float) -> None:
+        endpoint = getattr(scope.get("route"), "path", UNKNOWN_ENDPOINT)
+        self._metrics.requests.labels(endpoint, record.status).inc()
+        level = logging.DEBUG if endpoint in QUIET_ENDPOINTS else logging.INFO
+        logger.log(
+            level,
+            "request done method=%s endpoint=%s status=%d seconds=%.3f%s",
+            scope["method"],
+            endpoint,
+            record.status,
+            seconds,
+            _generation_facts(record.generation),
+        )
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if CLIENT_ID.match(given) else f"req-{uuid.uuid4().hex}"
+
+
+def _generation_facts(generation: Generation | None) -> str:
+    if generation is None:
+        return ""
+    read, written = generation.prompt_tokens, generation.completion_tokens
+    return f" mix={generation.shown_mix} prompt_tokens={read} completion_tokens={written}"

@@ -1,0 +1,146 @@
+"""Leases the domains of a mix, each at its current version. Knows registry and cache; not routes, not tokens.
+
+Lives on the event loop. A domain may be replaced or deleted at any await; every step looks at the manifest again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.slots import ResidentDomain
+from server.mixes import MixChoice
+from stack_store.cache import Lease, ResidentCache, Want, release_when_granted
+from stack_store.errors import DomainNotFound, LoadFailed, MixTooLarge
+from stack_store.manifest import DomainEntry
+from stack_store.registry import StackRegistry
+
+logger = logging.getLogger(__name__)
+
+
+class Versions:
+    """Which version of a domain each cache key stands for. Read by the loader threads."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, DomainEntry] = {}
+
+    def key(self, entry: DomainEntry) -> str:
+        """The cache key of a version; from now on `entry` finds it."""
+        key = f"{entry.name}@{entry.version}"
+        self._entries[key] = entry
+        return key
+
+    def entry(self, key: str) -> DomainEntry:
+        """KeyError for a key that was never given out, or forgotten."""
+        return self._entries[key]
+
+    def forget(self, key: str) -> None:
+        """The version is neither registered nor resident any more."""
+        self._entries.pop(key, None)
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedMix:
+    """The domains that answer one prompt, held until `release`. Empty: the base alone."""
+
+    domains: tuple[tuple[ResidentDomain, float], ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+    cold: tuple[str, ...] = ()
+    dropped: Mapping[str, float] = field(default_factory=dict)
+    lease: Lease[ResidentDomain] | None = None
+
+    def release(self) -> None:
+        """Idempotent."""
+        if self.lease is not None:
+            self.lease.release()
+
+
+class Catalog:
+    """The registered domains, and the way to hold them."""
+
+    def __init__(
+        self,
+        registry: StackRegistry,
+        cache: ResidentCache[ResidentDomain],
+        versions: Versions,
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        self.registry = registry
+        self.cache = cache
+        self.versions = versions
+        self.dtype = dtype
+
+    def names(self) -> list[str]:
+        """Registered domains in the order of the manifest."""
+        return [entry.name for entry in self.registry.manifest.domains]
+
+    def want(self, entry: DomainEntry) -> Want:
+        """What the cache is asked for. Reads stack headers at the first time."""
+        return Want(self.versions.key(entry), self.registry.resident_bytes(entry, self.dtype))
+
+    def weights_of(self, choice: MixChoice, routed: Mapping[str, float]) -> dict[str, float]:
+        """The weights to lease. DomainNotFound for an unknown domain that a request named itself.
+
+        A router may know domains that are not registered here; these are left out.
+        """
+        known = self.names()
+        if choice.kind == "auto":
+            return {name: weight for name, weight in routed.items() if name in known}
+        if choice.kind == "all":
+            return dict.fromkeys(known, 1.0)
+        for name in choice.weights:
+            if name not in known:
+                raise DomainNotFound(f"the mix names {name!r}, which is not a domain of this store: {sorted(known)}")
+        return {name: weight for name, weight in choice.weights.items() if weight > 0}
+
+    async def lease_mix(self, weights: Mapping[str, float], *, adaptable: bool) -> LeasedMix:
+        """Waits until every domain is resident. Cancelling gives everything back.
+
+        An adaptable mix, one that the router made, loses its lowest weights until it fits and any domain that was
+        deleted meanwhile. Otherwise MixTooLarge and DomainNotFound are raised. LoadFailed in both cases.
+        """
+        active, dropped = dict(weights), dict[str, float]()
+        while True:
+            entries = self._entries(active, adaptable=adaptable)
+            if not entries:
+                return LeasedMix(dropped=dropped)
+            wants = [self.want(entry) for entry in entries]
+            try:
+                lease = await claim_lease(self.cache.lease(wants))
+            except MixTooLarge:
+                if not adaptable:
+                    raise
+                lowest = min((entry.name for entry in entries), key=lambda name: active[name])
+                dropped[lowest] = active.pop(lowest)
+                logger.warning("domain dropped from mix domain=%s weight=%.3f reason=budget", lowest, dropped[lowest])
+                continue
+            except LoadFailed:
+                if all(self._is_current(entry) for entry in entries):
+                    raise
+                continue  # it was replaced or deleted while it was loading
+            mix = tuple((value, active[entry.name]) for entry, value in zip(entries, lease.values, strict=True))
+            cold = tuple(e.name for e, want in zip(entries, wants, strict=True) if want.key in lease.cold)
+            return LeasedMix(mix, {domain.name: weight for domain, weight in mix}, cold, dropped, lease)
+
+    def _entries(self, weights: Mapping[str, float], *, adaptable: bool) -> list[DomainEntry]:
+        registered = {entry.name: entry for entry in self.registry.manifest.domains}
+        missing = [name for name in weights if name not in registered]
+        if missing and not adaptable:
+            raise DomainNotFound(f"domain {missing[0]!r} was deleted before its lease was granted")
+        return [registered[name] for name in weights if name in registered]
+
+    def _is_current(self, entry: DomainEntry) -> bool:
+        return entry in self.registry.manifest.domains
+
+
+async def claim_lease(future: Future[Lease[ResidentDomain]]) -> Lease[ResidentDomain]:
+    """Waits for a lease; one that is granted to a caller who has gone is released at once."""
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        release_when_granted(future)
+        raise

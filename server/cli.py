@@ -1,0 +1,275 @@
+"""The `brainstacks` command. Knows options and how answers look in a terminal.
+
+Each command imports what it needs itself, so that `--help` answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="brainstacks",
+    help="Serves one frozen language model whose expertise is paged in from disk, prompt by prompt.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+stacks_app = typer.Typer(help="Look at and change the stacks of a running server.", no_args_is_help=True)
+app.add_typer(stacks_app, name="stacks")
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
+UrlOption = Annotated[str | None, typer.Option("--url", help="The server; default: host and port of the settings.")]
+ApiKeyOption = Annotated[str | None, typer.Option("--api-key", help="Default: the first of the settings.")]
+AdminKeyOption = Annotated[str | None, typer.Option("--admin-key", help="Default: the one of the settings.")]
+MixOption = Annotated[list[str] | None, typer.Option("--mix", help="Force a mix: DOMAIN=WEIGHT, may be repeated.")]
+
+
+def main() -> None:
+    """Entry point of the script."""
+    app()
+
+
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """An error that was raised on purpose is one line and exit status 1, not a traceback."""
+    from engine.errors import EngineError
+    from router.errors import RouterError
+    from server.errors import ServerError
+    from stack_store.errors import StoreError
+
+    try:
+        yield
+    except (ServerError, EngineError, RouterError, StoreError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    base: Annotated[str | None, typer.Option(help="Folder or hub id of the base; default: the embedded one.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of the store; made if it is missing.")] = None,
+    config: ConfigOption = None,
+    device_budget_bytes: Annotated[int | None, typer.Option(help="Bytes of domains to keep resident.")] = None,
+    max_batch_rows: Annotated[int | None, typer.Option(help="Sequences that are computed together.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the engine's products.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Start the server."""
+    from server.config import load_settings
+    from server.serve import run_server
+
+    flags: dict[str, dict[str, object]] = {
+        "server": {"host": host, "port": port},
+        "engine": {"base": base, "max_batch_rows": max_batch_rows, "threads": threads},
+        "store": {"path": store, "device_budget_bytes": device_budget_bytes},
+        "log": {"level": log_level},
+    }
+    with _told_plainly():
+        run_server(load_settings(config, {name: _given(values) for name, values in flags.items()}))
+
+
+@app.command()
+def chat(
+    url: UrlOption = None,
+    api_key: ApiKeyOption = None,
+    config: ConfigOption = None,
+    mix: MixOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+) -> None:
+    """Talk to a running server; shows the mix of every answer. An empty line or Ctrl-D ends."""
+    from server.terminal_chat import run_chat
+
+    fields: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+    if mix:
+        fields["brainstacks"] = {"mix": _parse_mix(mix)}
+    with _told_plainly():
+        run_chat(_client(url, config, api_key=api_key), fields)
+
+
+@app.command()
+def route(
+    text: str,
+    url: UrlOption = None,
+    api_key: ApiKeyOption = None,
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the router's scores of a text and the mix made of them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    with _told_plainly():
+        answer = _client(url, config, api_key=api_key).route(text)
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    table = Table("domain", "score", "weight", title="no domain knows this text" if answer["gap"] else None)
+    for domain, score in sorted(answer["scores"].items(), key=lambda item: -item[1]):
+        weight = answer["mix"].get(domain)
+        table.add_row(domain, f"{score:.3f}", "" if weight is None else f"{weight:.3f}")
+    Console().print(table)
+
+
+@stacks_app.command("list")
+def list_stacks(url: UrlOption = None, admin_key: AdminKeyOption = None, config: ConfigOption = None) -> None:
+    """List the registered domains and where they are."""
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    with _told_plainly():
+        answer = _client(url, config, admin_key=admin_key).domains()
+    table = Table("domain", "version", "rounds", "on disk", "resident", "state", "leases", "pinned")
+    for domain in answer["domains"]:
+        sizes = decimal(domain["bytes"]), decimal(domain["resident_bytes"])
+        pinned = "yes" if domain["pinned"] else ""
+        rounds, leases = str(len(domain["stacks"])), str(domain["leases"])
+        table.add_row(domain["name"], domain["version"], rounds, *sizes, domain["state"], leases, pinned)
+    Console().print(table)
+
+
+@stacks_app.command("show")
+def show_stack(name: str, url: UrlOption = None, admin_key: AdminKeyOption = None, config: ConfigOption = None) -> None:
+    """Show one domain as JSON."""
+    with _told_plainly():
+        typer.echo(json.dumps(_client(url, config, admin_key=admin_key).domain(name), indent=2))
+
+
+@stacks_app.command("verify")
+def verify_stacks(
+    paths: Annotated[list[Path], typer.Argument(help="Stack files, or folders that are searched for them.")],
+) -> None:
+    """Check stack files completely, without a server."""
+    from stack_store.errors import StoreError
+    from stack_store.format import verify_stack
+
+    files = [file for path in paths for file in (sorted(path.rglob("*.safetensors")) if path.is_dir() else [path])]
+    if not files:
+        typer.secho(f"error: no stack file under {', '.join(map(str, paths))}", fg="red", err=True)
+        raise typer.Exit(1)
+    num_bad = 0
+    for file in files:
+        try:
+            header, digest = verify_stack(file)
+        except (StoreError, OSError) as error:
+            num_bad += 1
+            typer.secho(f"bad   {file}: {error}", fg="red")
+        else:
+            typer.echo(f"good  {file}: domain={header.domain} round={header.round} digest={digest}")
+    raise typer.Exit(1 if num_bad else 0)
+
+
+@stacks_app.command("push")
+def push_stacks(
+    name: str,
+    files: Annotated[list[Path], typer.Argument(help="The domain's stack files, round 1 first.", exists=True)],
+    url: UrlOption = None,
+    admin_key: AdminKeyOption = None,
+    config: ConfigOption = None,
+    dry_run: Annotated[bool, typer.Option(help="Upload and check, but register nothing.")] = False,
+) -> None:
+    """Upload stack files and register them as a domain."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with _told_plainly(), Progress(*columns, console=Console(stderr=True)) as progress:
+        client = _client(url, config, admin_key=admin_key)
+        digests = []
+        for file in files:
+            task = progress.add_task(file.name, total=file.stat().st_size)
+            digests.append(client.upload(file, lambda sent, task=task: progress.advance(task, sent)))
+        answer = client.register(name, digests, dry_run=dry_run)
+    typer.echo(json.dumps(answer, indent=2))
+
+
+@stacks_app.command("remove")
+def remove_stacks(
+    name: str, url: UrlOption = None, admin_key: AdminKeyOption = None, config: ConfigOption = None
+) -> None:
+    """Delete a domain; requests that use it finish."""
+    with _told_plainly():
+        typer.echo(json.dumps(_client(url, config, admin_key=admin_key).remove(name), indent=2))
+
+
+@app.command()
+def bench(
+    url: UrlOption = None,
+    api_key: ApiKeyOption = None,
+    config: ConfigOption = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 1,
+    requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 16,
+    prompt: Annotated[str, typer.Option(help="What every client asks.")] = "Write a short story about a lighthouse.",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
+    mix: MixOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Measure a running server with a fixed number of clients."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from server.bench import BenchPlan, run_bench
+
+    with _told_plainly(), Progress(console=Console(stderr=True)) as progress:
+        url, key = _address(url, config, api_key)
+        weights = _parse_mix(mix) if mix else None
+        plan = BenchPlan(url, key, concurrency, requests, prompt, max_tokens, weights)
+        task = progress.add_task("asking", total=requests)
+        figures = run_bench(plan, lambda: progress.advance(task))
+    if not as_json:
+        table = Table("figure", "value")
+        for name, value in figures.items():
+            table.add_row(name, json.dumps(value) if isinstance(value, dict) else str(value))
+        Console().print(table)
+    typer.echo(json.dumps(figures))
+
+
+def _given(values: dict[str, object]) -> dict[str, object]:
+    """The options that were given; the others leave the word to environment and file."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _parse_mix(entries: list[str]) -> dict[str, float]:
+    mix = {}
+    for entry in entries:
+        domain, _, weight = entry.partition("=")
+        try:
+            mix[domain] = float(weight)
+        except ValueError:
+            typer.secho(f"error: --mix takes DOMAIN=WEIGHT, got {entry!r}", fg="red", err=True)
+            raise typer.Exit(2) from None
+    return mix
+
+
+def _address(url: str | None, config: Path | None, api_key: str | None) -> tuple[str, str | None]:
+    from server.config import load_settings
+
+    server = load_settings(config).server
+    return url or f"http://{server.host}:{server.port}", api_key or next(iter(server.api_keys), None)
+
+
+def _client(url: str | None, config: Path | None, *, api_key: str | None = None, admin_key: str | None = None) -> Any:
+    from server.client import ServerClient
+    from server.config import load_settings
+
+    address, key = _address(url, config, api_key)
+    return ServerClient(address, api_key=key, admin_key=admin_key or load_settings(config).server.admin_key)
+
+
+if __name__ == "__main__":
+    sys.exit(main())  # type: ignore[func-returns-value]

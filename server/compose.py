@@ -1,0 +1,147 @@
+"""Makes the real parts from settings and puts them together. Knows which part needs which; holds no behaviour.
+
+Everything heavy is imported here, so the command line imports this module after the thread plan is applied.
+"""
+
+import copy
+import logging
+import sys
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI
+from transformers.utils.logging import disable_progress_bar
+
+from engine.engine import Engine
+from engine.model.base import Base, load_base
+from engine.model.hidden import hidden_states
+from engine.slots import ResidentDomain, load_domain
+from router.checkpoint import RouterCheckpoint
+from router.router import Router
+from server.admission import Admission
+from server.app import create_app
+from server.catalog import Catalog, Versions
+from server.config import Settings
+from server.errors import ConfigInvalid
+from server.memory import available_memory_bytes
+from server.metrics import ServerMetrics
+from server.prompts import PromptReader
+from server.routing import Routing
+from server.service import Service
+from server.store_admin import StoreAdmin
+from server.token_text import TokenText
+from stack_store.cache import ResidentCache
+from stack_store.registry import StackRegistry
+from stack_store.uploads import BlobStore
+
+logger = logging.getLogger(__name__)
+
+UPLOADS_FOLDER = "uploads"
+AUTO_BUDGET_SHARE = 4  # a quarter of what is available
+
+
+def compose_app(settings: Settings) -> FastAPI:
+    """Loads the base, opens the store and returns the app. Raises what is wrong with either, by name."""
+    if not sys.stderr.isatty():  # a bar that nobody watches fills the log
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+    engine_settings = settings.engine
+    base = load_base(
+        engine_settings.base,
+        base_format=engine_settings.base_format,
+        dtype=engine_settings.dtype,
+        device=engine_settings.device,
+    )
+    return compose_app_for(base, settings)
+
+
+def compose_app_for(base: Base, settings: Settings) -> FastAPI:
+    """As `compose_app`, with a base that is loaded already."""
+    registry = _open_store(settings.store.path, base)
+    engine = _make_engine(base, settings)
+    metrics = ServerMetrics(version=_version(), base=base.model_id)
+    versions = Versions()
+    budget_bytes = settings.store.device_budget_bytes or available_memory_bytes(base.device) // AUTO_BUDGET_SHARE
+    cache = ResidentCache[ResidentDomain](
+        budget_bytes=budget_bytes,
+        load=lambda key: load_domain(registry, versions.entry(key), dtype=base.dtype, device=base.device),
+        num_loaders=settings.store.loader_threads,
+        observer=metrics,
+    )
+    metrics.cache_budget.labels("device").set(budget_bytes)
+    catalog = Catalog(registry, cache, versions, dtype=base.dtype)
+    routing = _make_routing(engine, base, registry)
+    service = Service(
+        engine=engine,
+        catalog=catalog,
+        routing=routing,
+        # A copy, because the engine's thread uses the original.
+        reader=PromptReader(copy.deepcopy(base.tokenizer), max_model_len=engine.max_model_len),
+        token_text=TokenText(base.tokenizer),
+        metrics=metrics,
+        admission=Admission(limit=settings.engine.max_batch_rows + settings.server.max_queue),
+        served_name=settings.server.served_model_name or base.model_id,
+    )
+    store_admin = StoreAdmin(
+        catalog,
+        routing,
+        BlobStore(settings.store.path / UPLOADS_FOLDER, max_bytes=settings.server.max_upload_bytes),
+        import_root=settings.store.import_root,
+        budget_bytes=budget_bytes,
+    )
+    logger.info(
+        "server composed model=%s store=%s domains=%s router=%s device_budget_bytes=%d threads=%d",
+        service.served_name,
+        settings.store.path,
+        catalog.names(),
+        routing.is_available,
+        budget_bytes,
+        torch.get_num_threads(),
+    )
+    return create_app(service, store_admin, settings)
+
+
+def _version() -> str:
+    """A checkout that was never installed has none."""
+    try:
+        return version("brainstacks")
+    except PackageNotFoundError:
+        return "uninstalled"
+
+
+def _open_store(path: Path, base: Base) -> StackRegistry:
+    if (path / "manifest.json").is_file():
+        return StackRegistry.open(path, base_fingerprint=base.fingerprint, geometry=base.geometry)
+    if path.exists() and any(path.iterdir()):
+        raise ConfigInvalid(f"store.path: {str(path)!r} holds files but no manifest.json, so it is not a store")
+    logger.info("store created path=%s", path)
+    return StackRegistry.create(path, base_fingerprint=base.fingerprint, geometry=base.geometry)
+
+
+def _make_engine(base: Base, settings: Settings) -> Engine:
+    wanted = settings.engine
+    max_model_len = min(wanted.max_model_len, base.max_positions)
+    if max_model_len < wanted.max_model_len:
+        logger.warning("max_model_len lowered from=%d to=%d reason=base", wanted.max_model_len, max_model_len)
+    try:
+        return Engine(
+            base,
+            max_batch_rows=wanted.max_batch_rows,
+            max_model_len=max_model_len,
+            kv_cache_tokens=wanted.kv_cache_tokens,
+        )
+    except ValueError as error:
+        raise ConfigInvalid(f"engine: {error}") from error
+
+
+def _make_routing(engine: Engine, base: Base, registry: StackRegistry) -> Routing:
+    def load_router(path: Path) -> Router:
+        checkpoint = RouterCheckpoint.load(path, base_fingerprint=base.fingerprint)
+        features = partial(hidden_states, base, mid_layer=checkpoint.settings.mid_layer)
+        return Router.from_checkpoint(checkpoint, tokenizer=copy.deepcopy(base.tokenizer), hidden_states=features)
+
+    path = registry.router_path()
+    if path is None:
+        logger.warning("store has no router path=%s: requests are answered by the base alone", registry.path)
+    return Routing(engine, load_router=load_router, router=None if path is None else load_router(path))

@@ -1,0 +1,160 @@
+"""Reads the settings once: TOML file, then environment, then flags. Knows names and defaults, not what they configure.
+
+A mistyped section, key or variable is an error that names it. Nothing else reads the environment.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from server.errors import ConfigInvalid
+
+ENV_PREFIX = "BRAINSTACKS_"
+ENV_DELIMITER = "__"
+
+MIB = 1024 * 1024
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServerSettings(_Section):
+    """The HTTP side."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    api_keys: Annotated[list[str], NoDecode] = Field(default=[], description="empty: no key is asked for")
+    admin_key: str | None = Field(default=None, min_length=1, description="without one the admin API is off")
+    served_model_name: str | None = Field(default=None, description="default: the base's own id")
+    max_queue: int = Field(default=256, ge=0, description="sequences that may wait beside the running ones")
+    max_body_bytes: int = Field(default=8 * MIB, ge=1, description="of a JSON request")
+    max_upload_bytes: int = Field(default=8192 * MIB, ge=1, description="of one uploaded stack or router file")
+    request_timeout_seconds: float = Field(default=600.0, gt=0)
+    heartbeat_timeout_seconds: float = Field(default=30.0, gt=0, description="an engine silent for longer is not ready")
+    drain_seconds: int = Field(default=30, ge=0, description="running requests get this long at shutdown")
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+class EngineSettings(_Section):
+    """The base and how much of it runs at once."""
+
+    base: str | None = Field(default=None, description="a folder or a hub id; default: the embedded base")
+    base_format: Literal["auto", "nf4", "nf4-dense", "dense"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    threads: int | None = Field(default=None, ge=1, description="of the engine's products; default: chosen by cores")
+    max_batch_rows: int = Field(default=16, ge=1)
+    max_model_len: int = Field(default=2048, ge=1, description="tokens of prompt and answer together")
+    kv_cache_tokens: int = Field(default=16384, ge=1)
+
+
+class StoreSettings(_Section):
+    """Where stacks lie and how many of their bytes may be resident."""
+
+    path: Path = Field(default_factory=lambda: default_store_path())
+    import_root: Path | None = Field(default=None, description="the only folder that admin calls may import files from")
+    device_budget_bytes: int | None = Field(default=None, ge=1, description="default: a quarter of available memory")
+    loader_threads: int = Field(default=2, ge=1, le=64)
+
+
+class LogSettings(_Section):
+    """What operators see."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Settings(BaseSettings):
+    """Every setting of the server, validated and frozen."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter=ENV_DELIMITER,
+        env_ignore_empty=True,
+    )
+
+    server: ServerSettings = ServerSettings()
+    engine: EngineSettings = EngineSettings()
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    log: LogSettings = LogSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+Flags = Mapping[str, Mapping[str, object]]
+
+
+def load_settings(config: Path | None = None, flags: Flags | None = None) -> Settings:
+    """Flags beat the environment, which beats the file. Raises ConfigInvalid that names every wrong entry."""
+    if config is not None and not config.is_file():
+        raise ConfigInvalid(f"config file {str(config)!r} does not exist")
+    unknown = list(_unknown_variables(os.environ))
+    if unknown:
+        raise ConfigInvalid("; ".join(unknown))
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(toml_file=config)
+
+    try:
+        sections: dict[str, Any] = {section: dict(values) for section, values in (flags or {}).items()}
+        return FromFile(**sections)
+    except ValidationError as error:
+        raise ConfigInvalid("; ".join(_describe(error))) from error
+    except ValueError as error:  # TOML syntax, or an environment value that does not parse
+        raise ConfigInvalid(f"configuration does not parse: {error}") from error
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
+    """pydantic-settings ignores an unknown section in the environment; this names it."""
+    for variable in sorted(environ):
+        if not variable.upper().startswith(ENV_PREFIX):
+            continue
+        section, _, key = variable[len(ENV_PREFIX) :].lower().partition(ENV_DELIMITER)
+        field = Settings.model_fields.get(section)
+        if field is None:
+            yield f"environment variable {variable}: unknown section {section!r}"
+        elif not _has_key(field.annotation, key):
+            yield f"environment variable {variable}: unknown key {key!r} in section {section!r}"
+
+
+def _has_key(section: object, key: str) -> bool:
+    return isinstance(section, type) and issubclass(section, BaseModel) and key in section.model_fields
+
+
+def _describe(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors():
+        name = ".".join(str(part) for part in fault["loc"])
+        shown = "" if fault["type"] == "extra_forbidden" else f", got {fault['input']!r}"
+        message = "unknown setting" if fault["type"] == "extra_forbidden" else fault["msg"]
+        yield f"{name}: {message}{shown}"
+
+
+def default_store_path() -> Path:
+    """The demo store of a checkout, else `./store`."""
+    demo = Path(__file__).resolve().parent.parent / "demo" / "store"
+    return demo if (demo / "manifest.json").is_file() else Path("store")

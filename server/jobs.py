@@ -1,0 +1,74 @@
+"""Reads an OpenAI request into a job for the service. Knows field names and token limits, not how a job is run."""
+
+from engine.types import SamplingParams
+from server.errors import InvalidRequest
+from server.schemas import ChatCompletionRequest, CompletionRequest, SamplingFields
+from server.service import Job, Service
+
+DEFAULT_COMPLETION_TOKENS = 16  # as in OpenAI's reference of /v1/completions
+
+
+async def read_chat_job(service: Service, request: ChatCompletionRequest) -> Job:
+    """Renders, counts and checks. Everything that is wrong with the request is raised here."""
+    choice = service.choose(request.model, request.brainstacks)
+    prompt = await service.reader.read_chat(request.messages)
+    max_tokens = service.reader.fit(prompt, request.token_limit, param="messages")
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    sampling = _read_sampling(service, request, max_tokens=max_tokens, logprobs=logprobs)
+    return Job((prompt,), (sampling,), request.n or 1, choice)
+
+
+async def read_completion_job(service: Service, request: CompletionRequest) -> Job:
+    """As for chat; each prompt is counted on its own."""
+    choice = service.choose(request.model, request.brainstacks)
+    prompts = []
+    for text in request.prompts:
+        prompts.append(await service.reader.read_text(text, add_special_tokens=request.add_special_tokens))
+    samplings = []
+    for prompt in prompts:
+        max_tokens = service.reader.fit(prompt, request.max_tokens, param="prompt")
+        if request.max_tokens is None:
+            max_tokens = min(max_tokens, DEFAULT_COMPLETION_TOKENS)
+        samplings.append(
+            _read_sampling(service, request, max_tokens=max_tokens, logprobs=request.logprobs, echo=request.echo)
+        )
+    return Job(tuple(prompts), tuple(samplings), request.n or 1, choice)
+
+
+def _read_sampling(
+    service: Service, request: SamplingFields, *, max_tokens: int, logprobs: int | None, echo: bool | None = False
+) -> SamplingParams:
+    """OpenAI's defaults where a field is missing or null."""
+
+    def given(value: float | None, default: float) -> float:
+        return default if value is None else value
+
+    try:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=request.min_tokens or 0,
+            temperature=given(request.temperature, 1.0),
+            top_p=max(given(request.top_p, 1.0), 1e-9),  # OpenAI allows 0, which leaves the likeliest token
+            top_k=max(request.top_k or 0, 0),  # vLLM writes "off" as -1
+            seed=request.seed,
+            stop=request.stop_strings,
+            ignore_eos=bool(request.ignore_eos),
+            repetition_penalty=given(request.repetition_penalty, 1.0),
+            presence_penalty=given(request.presence_penalty, 0.0),
+            frequency_penalty=given(request.frequency_penalty, 0.0),
+            logit_bias=_read_logit_bias(service, request),
+            logprobs=logprobs,
+            prompt_logprobs=logprobs if echo else None,
+        )
+    except ValueError as error:
+        raise InvalidRequest(str(error), param=str(error).split(maxsplit=1)[0]) from error
+
+
+def _read_logit_bias(service: Service, request: SamplingFields) -> dict[int, float]:
+    biases = {}
+    for key, bias in (request.logit_bias or {}).items():
+        if not key.isdecimal():
+            raise InvalidRequest(f"logit_bias: {key!r} is not a token id", param="logit_bias")
+        service.reader.check_token_id(int(key), param="logit_bias")
+        biases[int(key)] = bias
+    return biases

@@ -1,0 +1,126 @@
+"""Holds the server's metrics in a registry of its own. Knows their names, a contract; others say what happened.
+
+Labels have few values: endpoints are route templates, and domains beyond the first hundred are `other`.
+"""
+
+from collections.abc import Callable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+MAX_DOMAIN_LABELS = 100
+OTHER_DOMAIN = "other"
+DEVICE_TIER = "device"
+FILE_SOURCE = "file"
+
+PHASES = ("queue", "route", "page_in", "prefill", "decode")
+
+FAST_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+SLOW_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+WEIGHT_BUCKETS = (0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+class DomainLabels:
+    """Names the first hundred domains; later ones share one label, so that a scrape stays small."""
+
+    def __init__(self, limit: int = MAX_DOMAIN_LABELS) -> None:
+        self._limit = limit
+        self._named: set[str] = set()
+
+    def label(self, domain: str) -> str:
+        """The domain's own label, or `other`."""
+        if domain not in self._named:
+            if len(self._named) >= self._limit:
+                return OTHER_DOMAIN
+            self._named.add(domain)
+        return domain
+
+
+class ServerMetrics:
+    """Every metric of the server. Also the cache's observer."""
+
+    def __init__(self, *, version: str, base: str) -> None:
+        self.registry = CollectorRegistry()
+        self.domain_labels = DomainLabels()
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        self.requests = counter("requests_total", "Answered HTTP requests.", "endpoint", "status")
+        self.time_to_first_token = histogram(
+            "time_to_first_token_seconds", "From request to first token.", SLOW_BUCKETS
+        )
+        self.inter_token = histogram("inter_token_seconds", "Between two tokens of one sequence.", FAST_BUCKETS)
+        self.phase = histogram("phase_seconds", "What a request waited for.", SLOW_BUCKETS, "phase")
+        self.prompt_tokens = counter("prompt_tokens_total", "Tokens read.")
+        self.completion_tokens = counter("completion_tokens_total", "Tokens generated.")
+        self.requests_running = gauge("requests_running", "Sequences in the engine's batch.")
+        self.requests_waiting = gauge("requests_waiting", "Sequences admitted but not in the batch yet.")
+        self.kv_cache_used = gauge("kv_cache_used_ratio", "Share of the KV cache in use.")
+        self.cache_lookups = counter("stack_cache_lookups_total", "Domains asked of a tier.", "tier", "result")
+        self.cache_evictions = counter("stack_cache_evictions_total", "Domains evicted from a tier.", "tier")
+        self.cache_resident = gauge("stack_cache_resident_bytes", "Bytes of domains in a tier.", "tier")
+        self.cache_budget = gauge("stack_cache_budget_bytes", "Bytes that a tier may hold.", "tier")
+        self.load_seconds = histogram("stack_load_seconds", "Time of one domain's load.", SLOW_BUCKETS, "source")
+        self.load_bytes = counter("stack_load_bytes_total", "Bytes loaded.", "source")
+        self.load_failures = counter("stack_load_failures_total", "Loads that failed.", "source")
+        self.domain_selected = counter("domain_selected_total", "Prompts whose mix had the domain.", "domain")
+        self.domain_weight = histogram(
+            "domain_weight", "Weight of the domain where it was active.", WEIGHT_BUCKETS, "domain"
+        )
+        self.capability_gap = counter("capability_gap_total", "Routed prompts whose raw scores were all too low.")
+        self.build_info = gauge("build_info", "Always 1; what runs here.", "version", "base")
+        self.build_info.labels(version, base).set(1)
+        self._show_zeros()
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+    def watch_load(
+        self, *, running: Callable[[], float], waiting: Callable[[], float], kv_used_ratio: Callable[[], float]
+    ) -> None:
+        """Reads these at every scrape."""
+        self.requests_running.set_function(running)
+        self.requests_waiting.set_function(waiting)
+        self.kv_cache_used.set_function(kv_used_ratio)
+
+    def mix_chosen(self, mix: Mapping[str, float]) -> None:
+        """A prompt is answered with this mix."""
+        for domain, weight in mix.items():
+            label = self.domain_labels.label(domain)
+            self.domain_selected.labels(label).inc()
+            self.domain_weight.labels(label).observe(weight)
+
+    def lookup(self, hit: bool) -> None:
+        self.cache_lookups.labels(DEVICE_TIER, "hit" if hit else "miss").inc()
+
+    def evicted(self, key: str, num_bytes: int) -> None:
+        self.cache_evictions.labels(DEVICE_TIER).inc()
+
+    def loaded(self, key: str, num_bytes: int, seconds: float) -> None:
+        self.load_seconds.labels(FILE_SOURCE).observe(seconds)
+        self.load_bytes.labels(FILE_SOURCE).inc(num_bytes)
+
+    def failed(self, key: str, error: Exception) -> None:
+        self.load_failures.labels(FILE_SOURCE).inc()
+
+    def resident(self, num_bytes: int) -> None:
+        self.cache_resident.labels(DEVICE_TIER).set(num_bytes)
+
+    def _show_zeros(self) -> None:
+        """A series that appears with its first event hides that event from rate()."""
+        for result in ("hit", "miss"):
+            self.cache_lookups.labels(DEVICE_TIER, result)
+        for phase in PHASES:
+            self.phase.labels(phase)
+        self.cache_evictions.labels(DEVICE_TIER)
+        self.cache_resident.labels(DEVICE_TIER)
+        self.load_seconds.labels(FILE_SOURCE)
+        self.load_bytes.labels(FILE_SOURCE)
+        self.load_failures.labels(FILE_SOURCE)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"brainstacks_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"brainstacks_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"brainstacks_{name}", text, labels, buckets=buckets, registry=self.registry)

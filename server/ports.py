@@ -1,0 +1,37 @@
+"""What the server needs of the engine and of a router, as protocols. Knows their words, not how they work."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
+
+from engine.types import EngineSnapshot, Event, GenerationRequest
+from router.router import Route
+
+T = TypeVar("T")
+
+
+class EnginePort(Protocol):
+    """The one thread that owns the device, seen from outside."""
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def submit(self, request: GenerationRequest, on_event: Callable[[Event], None], /) -> None: ...
+
+    def cancel(self, request_id: str, /) -> None: ...
+
+    def run_on_device(self, work: Callable[[], T], /) -> Future[T]: ...
+
+    def heartbeat_age_seconds(self) -> float: ...
+
+    def snapshot(self) -> EngineSnapshot: ...
+
+
+class RouterPort(Protocol):
+    """Scores one text. Runs where the device may be used."""
+
+    def route(self, text: str) -> Route: ...

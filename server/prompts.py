@@ -1,0 +1,114 @@
+"""Turns messages and prompts into token ids and counts them. Knows tokenizer, template and context, no model.
+
+A tokenizer's truncation setting is state that two threads must not share, so this owns its tokenizer.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from server.errors import ContextTooLong, InvalidRequest
+from server.schemas import Message
+
+LONG_TEXT_CHARACTERS = 8192  # beyond it, tokenizing would hold up the event loop for milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model reads, and the text that is routed by."""
+
+    token_ids: tuple[int, ...]
+    route_text: str
+
+
+class PromptReader:
+    """Renders, tokenizes and measures. Refuses what does not fit; never truncates."""
+
+    def __init__(self, tokenizer: Any, *, max_model_len: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+
+    async def read_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> Prompt:
+        """The messages in the base's own template; routed by the last user message."""
+        rendered = self._render(messages, add_generation_prompt=add_generation_prompt)
+        token_ids = await self.encode(rendered, add_special_tokens=False)
+        return Prompt(token_ids, last_user_text(messages))
+
+    async def read_text(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> Prompt:
+        """A bare text or its token ids, without a template."""
+        if isinstance(prompt, str):
+            return Prompt(await self.encode(prompt, add_special_tokens=add_special_tokens), prompt)
+        self._check_ids(prompt, param="prompt")
+        return Prompt(tuple(prompt), self.decode(prompt, skip_special_tokens=True))
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Text -> token ids, off the event loop when it is long."""
+        if len(text) > LONG_TEXT_CHARACTERS:
+            return await asyncio.to_thread(self._encode, text, add_special_tokens)
+        return self._encode(text, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Token ids -> text, as it stands. InvalidRequest for an id outside of the vocabulary."""
+        self._check_ids(token_ids, param="tokens")
+        text: str = self.tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def fit(self, prompt: Prompt, wanted_tokens: int | None, *, param: str) -> int:
+        """How many tokens the answer may have: what is wanted, or all that is left.
+
+        ContextTooLong, with the numbers, if prompt and answer do not fit; `param` is the field that holds the prompt.
+        """
+        count, limit = len(prompt.token_ids), self.max_model_len
+        if count == 0:
+            raise InvalidRequest(f"{param} has no tokens", param=param)
+        answer_tokens = max(1, limit - count) if wanted_tokens is None else wanted_tokens
+        if count + answer_tokens > limit:
+            asked = "" if wanted_tokens is None else f" and {wanted_tokens} in the completion"
+            raise ContextTooLong(
+                f"this model's maximum context length is {limit} tokens, the request has {count} in the {param}{asked}",
+                param=param,
+            )
+        return answer_tokens
+
+    def check_token_id(self, token_id: int, *, param: str) -> None:
+        """InvalidRequest for an id outside of the vocabulary."""
+        if not 0 <= token_id < len(self.tokenizer):
+            raise InvalidRequest(
+                f"{param}: token id {token_id} is not in the vocabulary of {len(self.tokenizer)}", param=param
+            )
+
+    def _check_ids(self, token_ids: Sequence[int], *, param: str) -> None:
+        for token_id in {min(token_ids, default=0), max(token_ids, default=0)}:
+            self.check_token_id(token_id, param=param)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        if not self.tokenizer.chat_template:
+            raise InvalidRequest("this base has no chat template; use /v1/completions", param="messages")
+        turns = [{"role": _template_role(message.role), "content": message.text} for message in messages]
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise InvalidRequest(
+                f"the base's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return rendered
+
+
+def last_user_text(messages: Sequence[Message]) -> str:
+    """What the router reads: the last user message, or the last message if no user speaks."""
+    spoken = [message for message in messages if message.role == "user"] or list(messages)
+    return spoken[-1].text
+
+
+def _template_role(role: str) -> str:
+    return "system" if role == "developer" else role  # the new name of the same role; templates know the old one

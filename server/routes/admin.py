@@ -1,0 +1,108 @@
+"""The admin endpoints: domains, uploads, cache, router. Knows HTTP and StoreAdmin; every route needs the admin key."""
+
+import asyncio
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Path, Request, Response
+
+from server.access import AdminRoute
+from server.admin_schemas import RegisterDomainRequest, SetRouterRequest, Sha256
+from server.app_state import store_admin_of
+from server.errors import InvalidRequest
+from stack_store.uploads import BlobWriter
+
+WRITE_BYTES = 1024 * 1024
+
+router = APIRouter(prefix="/admin", route_class=AdminRoute, tags=["admin"])
+
+IfMatch = Annotated[str | None, Header(description="the generation that the caller has seen")]
+
+
+@router.get("/domains")
+async def list_domains(request: Request, response: Response) -> dict[str, Any]:
+    """Every registered domain."""
+    shown = store_admin_of(request).list_domains()
+    response.headers["etag"] = f'"{shown["generation"]}"'
+    return shown
+
+
+@router.get("/domains/{name}")
+async def show_domain(request: Request, response: Response, name: str) -> dict[str, Any]:
+    """One domain."""
+    shown = store_admin_of(request).show_domain(name)
+    response.headers["etag"] = f'"{shown["generation"]}"'
+    return shown
+
+
+@router.put("/domains/{name}")
+async def register_domain(
+    request: Request, response: Response, name: str, body: RegisterDomainRequest, if_match: IfMatch = None
+) -> dict[str, Any]:
+    """Registers or replaces a domain while requests run. The same call again changes nothing."""
+    shown, is_new = await store_admin_of(request).register(
+        name, body.stacks, dry_run=body.dry_run, expected_generation=_generation(if_match)
+    )
+    response.status_code = 201 if is_new and not body.dry_run else 200
+    return shown
+
+
+@router.delete("/domains/{name}")
+async def remove_domain(request: Request, name: str, if_match: IfMatch = None) -> dict[str, Any]:
+    """Deletes a domain; requests that use it finish."""
+    return await store_admin_of(request).remove(name, expected_generation=_generation(if_match))
+
+
+@router.post("/domains/{name}/{action}")
+async def change_residency(request: Request, name: str, action: Literal["pin", "unpin", "prefetch"]) -> dict[str, Any]:
+    """Keeps a domain resident, lets it go, or starts to load it."""
+    store_admin = store_admin_of(request)
+    if action == "pin":
+        return await store_admin.pin(name)
+    if action == "unpin":
+        return store_admin.unpin(name)
+    return store_admin.prefetch(name)
+
+
+@router.get("/cache")
+async def show_cache(request: Request) -> dict[str, Any]:
+    """What is resident, leased, pinned and loading."""
+    return store_admin_of(request).show_cache()
+
+
+@router.put("/blobs/{sha256}")
+async def upload_blob(request: Request, sha256: Annotated[Sha256, Path()]) -> dict[str, Any]:
+    """Receives one file; it is kept only if its digest is the one that was promised."""
+    num_bytes = 0
+    with await asyncio.to_thread(store_admin_of(request).uploads.receive, sha256) as writer:
+        buffer = bytearray()
+        async for chunk in request.stream():
+            buffer += chunk
+            if len(buffer) >= WRITE_BYTES:
+                num_bytes += await _write(writer, buffer)
+        num_bytes += await _write(writer, buffer)
+        await asyncio.to_thread(writer.commit)
+    return {"sha256": sha256, "bytes": num_bytes}
+
+
+@router.put("/router")
+async def set_router(request: Request, body: SetRouterRequest, if_match: IfMatch = None) -> dict[str, Any]:
+    """Installs a router and makes it live."""
+    return await store_admin_of(request).set_router(body, expected_generation=_generation(if_match))
+
+
+async def _write(writer: BlobWriter, buffer: bytearray) -> int:
+    """Off the event loop. Empties the buffer; how many bytes there were."""
+    chunk = bytes(buffer)
+    buffer.clear()
+    await asyncio.to_thread(writer.write, chunk)
+    return len(chunk)
+
+
+def _generation(if_match: str | None) -> int | None:
+    """A bare number, or an entity tag as ETag shows it. `*` matches every generation."""
+    if if_match is None or if_match.strip() == "*":
+        return None
+    number = if_match.strip().removeprefix("W/").strip('"')
+    if not number.isdecimal():
+        raise InvalidRequest(f"If-Match must be a generation number, got {if_match!r}", param="If-Match")
+    return int(number)

@@ -1,0 +1,41 @@
+"""Health, metrics and the playground: what monitors and browsers ask for without a key. Knows no requests."""
+
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from server.app_state import service_of, settings_of
+
+PLAYGROUND = Path(__file__).resolve().parent.parent / "playground"
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/health/live")
+async def live() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@router.get("/health")
+@router.get("/health/ready")
+async def ready(request: Request) -> Response:
+    """The engine's thread is alive, not only the process: 503 if its heartbeat is too old."""
+    age_seconds = service_of(request).engine.heartbeat_age_seconds()
+    is_ready = age_seconds <= settings_of(request).server.heartbeat_timeout_seconds
+    body = {"status": "ok" if is_ready else "engine silent", "heartbeat_age_seconds": round(age_seconds, 3)}
+    return JSONResponse(body, 200 if is_ready else 503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/", include_in_schema=False)
+async def playground() -> Response:
+    """The page for trying it out."""
+    return FileResponse(PLAYGROUND / "index.html")

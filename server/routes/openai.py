@@ -1,0 +1,126 @@
+"""The endpoints that OpenAI's clients call, and their neighbours for routes and tokens. Knows HTTP and the service."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from server.access import ApiRoute
+from server.answers import AnswerShape, ChatShape, CompletionShape, EchoedPrompt, collect_answer
+from server.app_state import service_of, settings_of
+from server.boundary import record_of
+from server.disconnect import run_for_client
+from server.errors import ModelNotFound
+from server.jobs import read_chat_job, read_completion_job
+from server.prompts import last_user_text
+from server.schemas import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    RouteRequest,
+    SamplingFields,
+    TokenizeRequest,
+)
+from server.service import Job, Service
+from server.streams import AnswerStream
+
+MIX_HEADER = "x-brainstacks-mix"
+
+router = APIRouter(route_class=ApiRoute, tags=["openai"])
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
+    """Answers a chat, whole or as a stream."""
+    service = service_of(request)
+    job = await read_chat_job(service, body)
+    shape = ChatShape(
+        model=body.model or service.served_name, wants_logprobs=bool(body.logprobs), text=service.token_text
+    )
+    return await _answer(request, body, job, shape)
+
+
+@router.post("/v1/completions")
+async def create_completion(request: Request, body: CompletionRequest) -> Response:
+    """Continues one or several texts, whole or as a stream."""
+    service = service_of(request)
+    job = await read_completion_job(service, body)
+    shape = CompletionShape(
+        model=body.model or service.served_name,
+        wants_logprobs=body.logprobs is not None,
+        text=service.token_text,
+        echoes=_echoes(service, body, job) if body.echo else None,
+    )
+    return await _answer(request, body, job, shape)
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    """The routed model, the base alone, and each domain alone."""
+    return {"object": "list", "data": [_model(name) for name in service_of(request).models()]}
+
+
+@router.get("/v1/models/{model:path}")
+async def show_model(request: Request, model: str) -> dict[str, Any]:
+    """One model."""
+    if model not in service_of(request).models():
+        raise ModelNotFound(f"the model {model!r} does not exist", param="model")
+    return _model(model)
+
+
+@router.post("/v1/route")
+async def route(request: Request, body: RouteRequest) -> dict[str, Any]:
+    """Scores and mix of a text. Nothing is generated."""
+    service = service_of(request)
+    service.choose(body.model, None)
+    text = body.prompt if body.prompt is not None else last_user_text(body.messages or [])
+    route, mix = await run_for_client(request.receive, service.route(text))
+    return {"object": "route", "scores": dict(route.scores), "mix": mix, "gap": route.gap}
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
+    """Text or messages -> token ids, as a completion would read them."""
+    reader = service_of(request).reader
+    if body.messages is not None:
+        prompt = await reader.read_chat(body.messages, add_generation_prompt=body.add_generation_prompt)
+    else:
+        add_special_tokens = True if body.add_special_tokens is None else body.add_special_tokens
+        prompt = await reader.read_text(body.prompt or "", add_special_tokens=add_special_tokens)
+    return {"tokens": prompt.token_ids, "count": len(prompt.token_ids), "max_model_len": reader.max_model_len}
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, str]:
+    """Token ids -> text."""
+    return {"prompt": service_of(request).reader.decode(body.tokens)}
+
+
+async def _answer(request: Request, body: SamplingFields, job: Job, shape: AnswerShape) -> Response:
+    record, service = record_of(request), service_of(request)
+    deadline = asyncio.get_running_loop().time() + settings_of(request).server.request_timeout_seconds
+    generation = await run_for_client(request.receive, service.begin(job), deadline=deadline)
+    record.generation = generation
+    headers = {MIX_HEADER: generation.shown_mix}
+    if body.stream:
+        return AnswerStream(
+            generation, shape, record=record, wants_usage=body.wants_usage_chunk, deadline=deadline, headers=headers
+        )
+    try:
+        answer = await run_for_client(request.receive, collect_answer(generation, shape), deadline=deadline)
+    finally:
+        generation.close()
+    return JSONResponse(answer, headers={MIX_HEADER: generation.shown_mix})
+
+
+def _echoes(service: Service, body: CompletionRequest, job: Job) -> list[EchoedPrompt]:
+    echoes = []
+    for given, prompt in zip(body.prompts, job.prompts, strict=True):
+        text = given if isinstance(given, str) else service.reader.decode(given)
+        echoes.extend([EchoedPrompt(text, prompt.token_ids)] * job.num_choices)
+    return echoes
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "brainstacks"}

@@ -1,0 +1,68 @@
+"""Routes a text once and remembers the route. Knows the active router, not what the mix is used for.
+
+Lives on the event loop; the router itself runs where the device may be used. Texts are remembered by their digest, so
+no prompt stays in memory.
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from cachetools import LRUCache
+
+from router.router import Route
+from server.errors import RouterNotFound
+from server.ports import EnginePort, RouterPort
+
+logger = logging.getLogger(__name__)
+
+CACHED_ROUTES = 4096
+
+LoadRouter = Callable[[Path], RouterPort]
+
+NO_ROUTE = Route(scores={}, mix={}, gap=False)
+
+
+class Routing:
+    """The router that is live, and the routes that it made."""
+
+    def __init__(self, engine: EnginePort, *, load_router: LoadRouter, router: RouterPort | None) -> None:
+        self._engine = engine
+        self._load_router = load_router
+        self._router = router
+        self._routes: LRUCache[bytes, Route] = LRUCache(CACHED_ROUTES)
+
+    @property
+    def is_available(self) -> bool:
+        """Whether a router is live."""
+        return self._router is not None
+
+    async def route(self, text: str) -> Route:
+        """Scores and mix of a text; a text without words, like one without a router, has no scores. Cancellable."""
+        if self._router is None or not text.strip():
+            return NO_ROUTE
+        router, digest = self._router, hashlib.sha256(text.encode()).digest()
+        if (known := self._routes.get(digest)) is not None:
+            return known
+        route = await asyncio.wrap_future(self._engine.run_on_device(lambda: router.route(text)))
+        if router is self._router:  # a router that was swapped meanwhile must not be remembered as the new one
+            self._routes[digest] = route
+        return route
+
+    async def route_strictly(self, text: str) -> Route:
+        """As `route`, but the lack of a router is an error."""
+        if self._router is None:
+            raise RouterNotFound("this store has no router")
+        return await self.route(text)
+
+    def load(self, path: Path) -> RouterPort:
+        """A router that is ready to go live; blocks on the file. Raises what is wrong with it."""
+        return self._load_router(path)
+
+    def swap(self, router: RouterPort) -> None:
+        """The next route is made by this router."""
+        self._router = router
+        self._routes.clear()
+        logger.info("router swapped")

@@ -1,0 +1,287 @@
+"""The requests of the OpenAI endpoints: names, types and bounds of their fields. Knows no tokens, models or domains.
+
+Unknown fields are tolerated, since clients send many; a known field with a bad value is refused by name, and a known
+field that asks for what cannot be done here is refused as unsupported instead of being ignored.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from engine.types import MAX_LOGPROBS, MAX_STOP_STRINGS
+
+MAX_CHOICES = 128
+
+
+def _said_plainly(message: str) -> WrapValidator:
+    """One sentence in place of a report on every member of a union."""
+
+    def check(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            unsupported = [fault for fault in error.errors() if fault["type"] == "unsupported"]
+            kind = "unsupported" if unsupported else "invalid"
+            raise PydanticCustomError(
+                kind, "{said}", {"said": unsupported[0]["msg"] if unsupported else message}
+            ) from None
+
+    return WrapValidator(check)
+
+
+def _refuse_unless(*neutral: object) -> BeforeValidator:
+    """A field that this server cannot honour: fine while it says nothing, refused when it asks for something."""
+
+    def check(value: object) -> object:
+        if value is None or any(type(value) is type(one) and value == one for one in neutral):
+            return None
+        raise PydanticCustomError("unsupported", "is not supported by this server")
+
+    return BeforeValidator(check)
+
+
+def _encodable(value: str) -> str:
+    """JSON can say half a surrogate pair, which is no text and which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("invalid", "must be valid unicode text, without lone surrogates") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
+class TextPart(BaseModel):
+    """The one kind of content part that a text model reads."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def _text_parts_only(value: object) -> object:
+    for part in value if isinstance(value, list) else []:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in (None, "text"):
+            raise PydanticCustomError(
+                "unsupported", "content parts of type {kind} are not supported", {"kind": str(kind)}
+            )
+    return value
+
+
+Content = Annotated[
+    Text | list[TextPart] | None,
+    _said_plainly("must be a string or a list of text parts"),
+    BeforeValidator(_text_parts_only),
+]
+
+
+def _supported_role(value: object) -> object:
+    if value in ("tool", "function"):
+        raise PydanticCustomError("unsupported", "messages of tools are not supported by this server")
+    return value
+
+
+class Message(BaseModel):
+    """One turn of a chat."""
+
+    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_supported_role)]
+    content: Content = None
+    tool_calls: Annotated[None, _refuse_unless([])] = None
+    function_call: Annotated[None, _refuse_unless()] = None
+
+    @property
+    def text(self) -> str:
+        """The content with its parts joined."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries beside its tokens."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = None
+
+
+class MixRequest(BaseModel):
+    """The `brainstacks` extension of a request. A mistyped key is refused: it would change who answers."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    mix: dict[Text, Annotated[float, Field(ge=0, le=1)]] | None = None
+    mode: Literal["auto", "base", "all"] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.mix is not None and self.mode is not None:
+            raise PydanticCustomError("invalid", "takes either mix or mode, not both")
+        return self
+
+
+StopStrings = Annotated[
+    Text | Annotated[list[Text], Field(max_length=MAX_STOP_STRINGS)] | None,
+    _said_plainly(f"must be a string or a list of at most {MAX_STOP_STRINGS} strings"),
+]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class ResponseFormat(BaseModel):
+    """Plain text is the only form so far."""
+
+    type: Annotated[Any, _refuse_unless("text")] = None
+
+
+class SamplingFields(BaseModel):
+    """What chat and text completions share."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    model: Text | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: StopStrings = None
+    ignore_eos: bool | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    brainstacks: MixRequest | None = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings, however they were given."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wants_usage_chunk(self) -> bool:
+        """Whether the stream ends with a chunk of token counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("invalid", "stream_options is only allowed when stream is true")
+        if "" in self.stop_strings:
+            raise PydanticCustomError("invalid", "stop must not hold an empty string")
+        return self
+
+
+class ChatCompletionRequest(SamplingFields):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[None, _refuse_unless([])] = None
+    tool_choice: Annotated[None, _refuse_unless("none", "auto")] = None
+    functions: Annotated[None, _refuse_unless([])] = None
+    function_call: Annotated[None, _refuse_unless("none", "auto")] = None
+    modalities: Annotated[None, _refuse_unless(["text"], [])] = None
+    audio: Annotated[None, _refuse_unless()] = None
+    web_search_options: Annotated[None, _refuse_unless()] = None
+
+    @property
+    def token_limit(self) -> int | None:
+        """The newer name wins; both may be given only with one value."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @model_validator(mode="after")
+    def _chat_consistent(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise PydanticCustomError("invalid", "max_tokens and max_completion_tokens must not differ")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("invalid", "top_logprobs needs logprobs to be true")
+        return self
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+PromptField = Annotated[
+    Text | Annotated[list[Text], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)],
+    _said_plainly("must be a string, a list of strings, a list of token ids, or a list of lists of token ids"),
+]
+
+
+class CompletionRequest(SamplingFields):
+    """POST /v1/completions."""
+
+    prompt: PromptField
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    suffix: Annotated[None, _refuse_unless("")] = None
+    add_special_tokens: bool = True
+
+    @property
+    def prompts(self) -> "list[str | list[int]]":
+        """One entry a prompt, each text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # a list whose first entry is an id is one prompt
+        return list(self.prompt)
+
+    @model_validator(mode="after")
+    def _completion_consistent(self) -> Self:
+        if self.best_of not in (None, self.n or 1):
+            raise PydanticCustomError("unsupported", "best_of other than n is not supported by this server")
+        return self
+
+
+class PromptOrMessages(BaseModel):
+    """A request that reads a text without answering it."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("invalid", "give either prompt or messages")
+        return self
+
+
+class RouteRequest(PromptOrMessages):
+    """POST /v1/route."""
+
+
+class TokenizeRequest(PromptOrMessages):
+    """POST /tokenize."""
+
+    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = Field(default=None, description="default: true for a prompt, false for messages")
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    model: Text | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]

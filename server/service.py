@@ -1,0 +1,121 @@
+"""Takes a request from its fields to a running generation: choose, admit, route, lease. Knows every part, no HTTP."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from engine.types import SamplingParams
+from router.router import Route
+from server.admission import Admission
+from server.catalog import Catalog
+from server.generation import Generation, Parts, PromptPlan
+from server.meter import RequestMeter
+from server.metrics import ServerMetrics
+from server.mixes import MixChoice, choose_mix, model_names
+from server.ports import EnginePort
+from server.prompts import Prompt, PromptReader
+from server.routing import NO_ROUTE, Routing
+from server.schemas import MixRequest
+from server.token_text import TokenText
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request that was read: prompts, how each is sampled, how often, and who decides the mix."""
+
+    prompts: tuple[Prompt, ...]
+    samplings: tuple[SamplingParams, ...]  # one a prompt
+    num_choices: int  # answers to each prompt
+    choice: MixChoice
+
+
+class Service:
+    """What the routes call."""
+
+    def __init__(
+        self,
+        *,
+        engine: EnginePort,
+        catalog: Catalog,
+        routing: Routing,
+        reader: PromptReader,
+        token_text: TokenText,
+        metrics: ServerMetrics,
+        admission: Admission,
+        served_name: str,
+    ) -> None:
+        self.engine = engine
+        self.catalog = catalog
+        self.routing = routing
+        self.reader = reader
+        self.token_text = token_text
+        self.metrics = metrics
+        self.admission = admission
+        self.served_name = served_name
+        self._parts = Parts(engine, catalog, metrics)
+        metrics.watch_load(
+            running=lambda: engine.snapshot().running,
+            waiting=lambda: max(0, admission.admitted - engine.snapshot().running),
+            kv_used_ratio=lambda: engine.snapshot().kv_used_ratio,
+        )
+
+    def models(self) -> list[str]:
+        """Every model name that a client may ask for."""
+        return model_names(self.served_name, self.catalog.names())
+
+    def choose(self, model: str | None, extension: MixRequest | None) -> MixChoice:
+        """Who decides the mix. ModelNotFound, DomainNotFound or InvalidRequest by name."""
+        domains = self.catalog.names()
+        choice = choose_mix(model=model, extension=extension, served_name=self.served_name, domains=domains)
+        self.catalog.weights_of(choice, {})  # names an unknown domain before anything is spent on the request
+        return choice
+
+    async def begin(self, job: Job) -> Generation:
+        """A generation whose first prompt is in the engine; the caller closes it. Cancellable at every point."""
+        meter = RequestMeter(self.metrics)
+        with ExitStack() as undo:
+            ticket = self.admission.admit(len(job.prompts) * job.num_choices)
+            undo.callback(ticket.give_back)
+            plans = await asyncio.gather(*(self._plan(job, prompt) for prompt in range(len(job.prompts))))
+            generation = Generation(self._parts, plans, ticket=ticket, meter=meter)
+            undo.callback(generation.close)
+            await generation.begin()
+            undo.pop_all()
+        return generation
+
+    async def route(self, text: str) -> tuple[Route, dict[str, float]]:
+        """The route of a text, and its mix without the domains that are not registered here."""
+        route = await self.routing.route_strictly(text)
+        return route, self.catalog.weights_of(MixChoice("auto"), route.mix)
+
+    async def _plan(self, job: Job, index: int) -> PromptPlan:
+        prompt, sampling = job.prompts[index], job.samplings[index]
+        is_auto = job.choice.kind == "auto"
+        began = time.monotonic()
+        route = await self.routing.route(prompt.route_text) if is_auto else NO_ROUTE
+        if route.gap:
+            self.metrics.capability_gap.inc()
+        return PromptPlan(
+            token_ids=prompt.token_ids,
+            samplings=tuple(_with_seeds(sampling, job.num_choices)),
+            weights=self.catalog.weights_of(job.choice, route.mix),
+            adaptable=is_auto,
+            scores=route.scores,
+            seconds={"route": time.monotonic() - began} if is_auto else {},
+        )
+
+
+def _with_seeds(sampling: SamplingParams, count: int) -> Sequence[SamplingParams]:
+    """Choice i is seeded with seed + i: different from its siblings, and the same whenever it is asked for."""
+    if sampling.seed is None:
+        return [sampling] * count
+    return [replace(sampling, seed=_wrap_int64(sampling.seed + offset)) for offset in range(count)]
+
+
+def _wrap_int64(number: int) -> int:
+    return (number + 2**63) % 2**64 - 2**63

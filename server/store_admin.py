@@ -1,0 +1,239 @@
+"""Changes and shows the store while requests run. Knows registry, cache, uploads and the live router; no HTTP.
+
+Lives on the event loop; whatever touches files runs in a thread. A version that is replaced or deleted leaves the
+manifest first, then device memory when its last lease ends, then the disk.
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import asdict
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from server.admin_schemas import FileSource
+from server.catalog import Catalog
+from server.errors import ImportDisabled
+from server.ports import RouterPort
+from server.routing import Routing
+from stack_store.cache import CacheEntrySnapshot
+from stack_store.errors import UploadNotFound
+from stack_store.import_path import open_import
+from stack_store.manifest import DomainEntry
+from stack_store.registry import Registration
+from stack_store.uploads import BlobStore
+
+logger = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+
+COPY_BYTES = 1024 * 1024
+
+
+class StoreAdmin:
+    """What the admin routes call."""
+
+    def __init__(
+        self, catalog: Catalog, routing: Routing, uploads: BlobStore, *, import_root: Path | None, budget_bytes: int
+    ) -> None:
+        self.uploads = uploads
+        self._catalog = catalog
+        self._registry = catalog.registry
+        self._cache = catalog.cache
+        self._routing = routing
+        self._import_root = import_root
+        self._budget_bytes = budget_bytes
+        self._retirements: set[asyncio.Task[int]] = set()
+
+    @property
+    def generation(self) -> int:
+        """The manifest's generation, which `If-Match` compares."""
+        return self._registry.manifest.generation
+
+    def list_domains(self) -> Json:
+        """Every registered domain with what is resident of it."""
+        manifest = self._registry.manifest
+        return {
+            "generation": manifest.generation,
+            "base_fingerprint": manifest.base_fingerprint,
+            "domains": [self._shown(entry) for entry in manifest.domains],
+            "router": self._shown_router(),
+        }
+
+    def show_domain(self, name: str) -> Json:
+        """One domain. DomainNotFound."""
+        return self._shown(self._registry.domain(name)) | {"generation": self.generation}
+
+    def show_cache(self) -> Json:
+        """The device tier: budget, bytes, and every entry."""
+        return asdict(self._cache.snapshot())
+
+    async def register(
+        self, name: str, sources: Sequence[FileSource], *, dry_run: bool, expected_generation: int | None
+    ) -> tuple[Json, bool]:
+        """Verifies, copies and switches: what is registered now, and whether it is new. Refusals change nothing."""
+        registration = await asyncio.to_thread(
+            self._register, name, sources, dry_run=dry_run, expected_generation=expected_generation
+        )
+        previous = registration.previous
+        shown = self._shown(registration.entry) | {
+            "generation": registration.generation,
+            "changed": registration.changed,
+            "dry_run": dry_run,
+        }
+        if registration.changed and not dry_run:
+            logger.info("domain registered name=%s version=%s", name, registration.entry.version)
+            if previous is not None:
+                self._replace(previous, registration.entry)
+        return shown, previous is None
+
+    async def remove(self, name: str, *, expected_generation: int | None) -> Json:
+        """Deletes a domain. Requests that hold it finish; `draining` until the last of them has."""
+        removal = await asyncio.to_thread(self._registry.remove_domain, name, expected_generation=expected_generation)
+        logger.info("domain removed name=%s version=%s", name, removal.entry.version)
+        retired = self._cache.retire(self._catalog.versions.key(removal.entry))
+        finishing = self._finish_retirement(removal.entry, retired)
+        answer: Json = {"name": name, "generation": removal.generation}
+        if not retired.done():
+            return answer | {"status": "draining", "freed_bytes": 0}
+        return answer | {"status": "deleted", "freed_bytes": await asyncio.shield(finishing)}
+
+    async def pin(self, name: str) -> Json:
+        """Loads a domain and keeps it resident."""
+        want = self._catalog.want(self._registry.domain(name))
+        await asyncio.wrap_future(self._cache.pin(want.key, want.bytes))
+        return self.show_domain(name)
+
+    def unpin(self, name: str) -> Json:
+        """Lets a domain be evicted again."""
+        self._cache.unpin(self._catalog.want(self._registry.domain(name)).key)
+        return self.show_domain(name)
+
+    def prefetch(self, name: str) -> Json:
+        """Starts to load a domain without holding it."""
+        self._cache.prefetch([self._catalog.want(self._registry.domain(name))])
+        return self.show_domain(name)
+
+    async def set_router(self, source: FileSource, *, expected_generation: int | None) -> Json:
+        """Checks a router file, makes it the store's router and the live one. Refusals change nothing."""
+        router = await asyncio.to_thread(self._install_router, source, expected_generation)
+        self._routing.swap(router)
+        return {"generation": self.generation, "router": self._shown_router()}
+
+    async def close(self) -> None:
+        """Waits for nothing: what is still leased when the server ends is tidied at its next start."""
+        for retirement in self._retirements:
+            retirement.cancel()
+        await asyncio.gather(*self._retirements, return_exceptions=True)
+
+    def _install_router(self, source: FileSource, expected_generation: int | None) -> RouterPort:
+        digest = source.sha256 or self._adopt_import(source)
+        path = self.uploads.blob_path(digest)  # ours alone, so what is checked is what is installed
+        router = self._routing.load(path)
+        self._registry.set_router(path, expected_generation=expected_generation)
+        self.uploads.remove(digest)
+        return router
+
+    def _adopt_import(self, source: FileSource) -> str:
+        """Copies an import among the uploads; its digest."""
+        with self._open_import(source) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            with self.uploads.receive(digest) as writer:
+                while chunk := file.read(COPY_BYTES):
+                    writer.write(chunk)
+                writer.commit()
+        return digest
+
+    def _register(
+        self, name: str, sources: Sequence[FileSource], *, dry_run: bool, expected_generation: int | None
+    ) -> Registration:
+        with ExitStack() as opened:
+            registration = self._registry.register_domain(
+                name,
+                [self._open(source, opened) for source in sources],
+                expected_generation=expected_generation,
+                dry_run=dry_run,
+                max_resident_bytes=self._budget_bytes,
+                dtype=self._catalog.dtype,
+            )
+        if not dry_run:
+            for source in sources:
+                if source.sha256 is not None:
+                    self.uploads.remove(source.sha256)
+            self._catalog.want(registration.entry)  # reads the headers here, not on the event loop
+        return registration
+
+    def _open(self, source: FileSource, opened: ExitStack) -> Path | BufferedReader:
+        if source.sha256 is None:
+            return opened.enter_context(self._open_import(source))
+        try:
+            return self.uploads.blob_path(source.sha256)
+        except UploadNotFound:  # an upload is removed once it is registered; the same call again must still succeed
+            for domain in self._registry.manifest.domains:
+                for stack in domain.stacks:
+                    if stack.digest == source.sha256:
+                        return self._registry.stack_path(stack)
+            raise
+
+    def _open_import(self, source: FileSource) -> BufferedReader:
+        assert source.path is not None
+        if self._import_root is None:
+            raise ImportDisabled("store.import_root is not set, so files can only be uploaded", param="path")
+        return open_import(self._import_root, source.path)
+
+    def _replace(self, previous: DomainEntry, entry: DomainEntry) -> None:
+        """The new version is pinned if the old one was; the old one goes when its last lease ends."""
+        old_key = self._catalog.versions.key(previous)
+        old = self._entries().get(old_key)
+        if old is not None and old.pinned:
+            want = self._catalog.want(entry)
+            self._cache.unpin(old_key)
+            self._cache.pin(want.key, want.bytes)
+        self._finish_retirement(previous, self._cache.retire(old_key))
+
+    def _finish_retirement(self, entry: DomainEntry, retired: Future[int]) -> asyncio.Task[int]:
+        """In the background, kept from being collected while it waits for the last lease."""
+        task = asyncio.create_task(self._unlink_when_retired(entry, retired))
+        self._retirements.add(task)
+        task.add_done_callback(self._retirements.discard)
+        return task
+
+    async def _unlink_when_retired(self, entry: DomainEntry, retired: Future[int]) -> int:
+        freed_bytes = await asyncio.wrap_future(retired)
+        disk_bytes = await asyncio.to_thread(self._registry.unlink_version, entry)
+        if entry not in self._registry.manifest.domains:
+            self._catalog.versions.forget(self._catalog.versions.key(entry))
+        logger.info(
+            "version retired name=%s version=%s freed_bytes=%d disk_bytes=%d",
+            entry.name,
+            entry.version,
+            freed_bytes,
+            disk_bytes,
+        )
+        return freed_bytes
+
+    def _entries(self) -> dict[str, CacheEntrySnapshot]:
+        return {entry.key: entry for entry in self._cache.snapshot().entries}
+
+    def _shown(self, entry: DomainEntry) -> Json:
+        want = self._catalog.want(entry)
+        cached = self._entries().get(want.key)
+        return {
+            "name": entry.name,
+            "version": entry.version,
+            "stacks": [asdict(stack) for stack in entry.stacks],
+            "bytes": sum(stack.bytes for stack in entry.stacks),
+            "resident_bytes": want.bytes,
+            "state": "absent" if cached is None else cached.state,
+            "leases": 0 if cached is None else cached.leases,
+            "pinned": cached is not None and cached.pinned,
+        }
+
+    def _shown_router(self) -> Json | None:
+        router = self._registry.manifest.router
+        return None if router is None else asdict(router)

@@ -1,0 +1,101 @@
+"""Sends a generation as server-sent events, in the order that OpenAI's clients check. Knows chunks, not their content.
+
+Per choice: an opening chunk (chat), token chunks, one closing chunk with the finish reason; the last closing chunk of a
+prompt carries the `brainstacks` extension. Then, only if asked for, a chunk of usage; then `[DONE]`. An error after the
+headers is an event of its own and ends the stream.
+"""
+
+import json
+import logging
+from collections.abc import AsyncIterator, Mapping
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from engine.types import FinishedEvent, PromptEvent, TokensEvent
+from server.answers import AnswerShape, Json, mix_report, usage
+from server.boundary import RequestRecord
+from server.disconnect import run_for_client
+from server.error_responses import body_of
+from server.errors import ClientGone, answer_for, is_listed
+from server.generation import Generation
+
+logger = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+
+
+class AnswerStream(Response):
+    """Owns its generation: whatever becomes of the client, the generation is closed when this ends."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        generation: Generation,
+        shape: AnswerShape,
+        *,
+        record: RequestRecord,
+        wants_usage: bool,
+        deadline: float,
+        headers: Mapping[str, str],
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+        self._generation = generation
+        self._shape = shape
+        self._record = record
+        self._wants_usage = wants_usage
+        self._deadline = deadline
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await run_for_client(receive, self._send_events(send), deadline=self._deadline)
+        except ClientGone as error:
+            self._record.status = answer_for(error).status
+        except Exception as error:  # the headers are out: an event is the only way left to say it
+            self._record.status = answer_for(error).status
+            if not is_listed(error):
+                logger.exception("stream failed")
+            await _send_part(send, _event(body_of(error)))
+        finally:
+            self._generation.close()
+        await _send_part(send, b"", more=False)
+
+    async def _send_events(self, send: Send) -> None:
+        async for chunk in self._chunks():
+            await _send_part(send, _event(self._shape.envelope(chunk=True) | chunk))
+        await _send_part(send, DONE)
+
+    async def _chunks(self) -> AsyncIterator[Json]:
+        counts: Json = {"usage": None} if self._wants_usage else {}
+        for index in range(self._generation.num_choices):
+            if (choice := self._shape.opening(index)) is not None:
+                yield {"choices": [choice]} | counts
+        unfinished = {id(run): len(run.plan.samplings) for run in self._generation.runs}
+        async for index, event in self._generation.events():
+            if isinstance(event, PromptEvent):
+                choice = self._shape.prompt(index, event)
+            elif isinstance(event, TokensEvent):
+                choice = self._shape.tokens(index, event)
+            else:
+                assert isinstance(event, FinishedEvent)
+                run = self._generation.run_of(index)
+                unfinished[id(run)] -= 1
+                report = {"brainstacks": mix_report(run)} if unfinished[id(run)] == 0 else {}
+                yield {"choices": [self._shape.finish(index, event)]} | counts | report
+                continue
+            if choice is not None:
+                yield {"choices": [choice]} | counts
+        if self._wants_usage:
+            yield {"choices": [], "usage": usage(self._generation)}
+
+
+def _event(body: Json) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _send_part(send: Send, body: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})

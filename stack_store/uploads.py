@@ -1,0 +1,89 @@
+"""Keeps uploaded files until they are registered. Knows bytes and their digests, not what they mean."""
+
+import hashlib
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from stack_store.atomic import TEMPORARY_SUFFIX, StagedFile, make_folder
+from stack_store.errors import DigestMismatch, UploadNotFound, UploadTooLarge
+from stack_store.locks import FolderShare
+from stack_store.manifest import DIGEST
+
+
+class BlobWriter:
+    """One upload in progress; it vanishes with the block unless it is committed in it. For one thread at a time."""
+
+    def __init__(self, path: Path, *, digest: str, max_bytes: int) -> None:
+        self._path = path
+        self._digest = digest
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._hash = hashlib.sha256()
+        self._staged = StagedFile(path.parent)
+
+    def write(self, chunk: bytes) -> None:
+        """Raises UploadTooLarge at the first byte that is too many."""
+        self._num_bytes += len(chunk)
+        if self._num_bytes > self._max_bytes:
+            self.abort()
+            raise UploadTooLarge(f"upload {self._digest} has more than {self._max_bytes} bytes")
+        self._hash.update(chunk)
+        self._staged.file.write(chunk)
+
+    def commit(self) -> Path:
+        """The path of the whole upload. Raises DigestMismatch, keeping nothing, for other bytes than were promised."""
+        if self._hash.hexdigest() != self._digest:
+            self.abort()
+            raise DigestMismatch(f"upload {self._digest} has the digest {self._hash.hexdigest()}")
+        self._staged.commit(self._path)
+        return self._path
+
+    def abort(self) -> None:
+        """Removes what came so far. Idempotent, and without effect after commit."""
+        self._staged.discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.abort()
+
+
+class BlobStore:
+    """Uploads by digest, each at most max_bytes long. Thread-safe."""
+
+    def __init__(self, path: Path, *, max_bytes: int) -> None:
+        """Makes the folder. Removes what interrupted uploads left, if no other process receives uploads there."""
+        self._path = path
+        self._max_bytes = max_bytes
+        make_folder(path)
+        self._share = FolderShare(path, when_alone=self._remove_unfinished)
+
+    def receive(self, sha256: str) -> BlobWriter:
+        return BlobWriter(self._blob(sha256), digest=sha256, max_bytes=self._max_bytes)
+
+    def blob_path(self, sha256: str) -> Path:
+        """Raises UploadNotFound unless the whole upload is there."""
+        if not self._blob(sha256).is_file():
+            raise UploadNotFound(f"no upload has the digest {sha256}")
+        return self._blob(sha256)
+
+    def remove(self, sha256: str) -> None:
+        """Forgets an upload, if it is there: its stack was registered, or nobody wants it."""
+        self._blob(sha256).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._share.close()
+
+    def _blob(self, sha256: str) -> Path:
+        # Also what keeps a name from leaving the folder.
+        if not DIGEST.fullmatch(sha256):
+            raise DigestMismatch(f"{sha256!r} is not a sha256 in lower-case hex")
+        return self._path / sha256
+
+    def _remove_unfinished(self) -> None:
+        for path in self._path.glob(f".*{TEMPORARY_SUFFIX}"):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,21 @@
+"""Fixtures that several test folders share: tiny random bases, built once a session."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_bases import MAKERS
+
+
+@pytest.fixture(scope="session")
+def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny random base of one architecture."""
+    folders: dict[str, Path] = {}
+
+    def folder(architecture: str) -> Path:
+        if architecture not in folders:
+            folders[architecture] = MAKERS[architecture](tmp_path_factory.mktemp("bases") / f"tiny-{architecture}")
+        return folders[architecture]
+
+    return folder

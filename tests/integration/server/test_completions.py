@@ -1,0 +1,100 @@
+"""Text completions, and the token endpoints beside them."""
+
+import json
+from typing import Any
+
+import httpx
+
+from tests.servers import ANSWER, LiveServer
+
+
+def complete(server: LiveServer, **fields: Any) -> httpx.Response:
+    """POST /v1/completions."""
+    with server.client() as client:
+        return client.post("/v1/completions", json={"prompt": "ab", **fields})
+
+
+def test_answer_is_sixteen_tokens_long_unless_asked_otherwise(server: LiveServer) -> None:
+    answer = complete(server).json()
+    assert answer["object"] == "text_completion"
+    assert answer["choices"][0]["text"] == ANSWER
+    assert server.engine.submitted[0].sampling.max_tokens == 16
+
+
+def test_default_length_shrinks_to_what_is_left_of_the_context(server: LiveServer) -> None:
+    assert complete(server, prompt="x" * (server.engine.max_model_len - 3)).status_code == 200
+    assert server.engine.submitted[0].sampling.max_tokens == 3
+
+
+def test_echo_with_logprobs_covers_prompt_and_answer(server: LiveServer) -> None:
+    choice = complete(server, echo=True, logprobs=1, max_tokens=1, temperature=0).json()["choices"][0]
+    assert choice["text"] == "abc"
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == ["a", "b", "c"]
+    assert logprobs["token_logprobs"] == [None, -0.5, -0.5]
+    assert logprobs["top_logprobs"] == [None, {"b": -0.5}, {"c": -0.5}]
+    assert logprobs["text_offset"] == [0, 1, 2]
+
+
+def test_offsets_count_characters_and_parts_of_characters_have_names(server: LiveServer) -> None:
+    logprobs = complete(server, prompt="é!", echo=True, logprobs=0, max_tokens=0).json()["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["bytes:\\xc3", "bytes:\\xa9", "!"]
+    assert logprobs["text_offset"] == [0, 0, 1]
+
+
+def test_prompt_may_be_token_ids(server: LiveServer) -> None:
+    token_ids = list(server.service.reader.tokenizer.encode("math=0.9"))
+    answer = complete(server, prompt=token_ids, echo=True).json()
+    assert answer["choices"][0]["text"] == "math=0.9" + ANSWER
+    assert answer["brainstacks"]["mix"] == {"chat": 0.2, "math": 0.9}
+
+
+def test_each_of_several_prompts_has_its_own_mix(server: LiveServer) -> None:
+    response = complete(server, prompt=["math=0.9", "code=0.9"], n=2)
+    answer = response.json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert [set(report["mix"]) for report in answer["brainstacks"]] == [{"chat", "math"}, {"chat", "code"}]
+    assert answer["usage"]["prompt_tokens"] == 2 * len("math=0.9")
+    assert {len(request.mix) for request in server.engine.submitted} == {2}
+
+
+def test_streamed_prompts_each_report_their_mix_once(server: LiveServer) -> None:
+    text = complete(server, prompt=["math=0.9", "code=0.9"], stream=True).text
+    chunks = [json.loads(line[6:]) for line in text.split("\n\n") if line.startswith("data: {")]
+    reports = {c["choices"][0]["index"]: c["brainstacks"]["mix"] for c in chunks if "brainstacks" in c}
+    assert {index: set(mix) for index, mix in reports.items()} == {0: {"chat", "math"}, 1: {"chat", "code"}}
+    for index in (0, 1):
+        assert "".join(c["choices"][0]["text"] for c in chunks if c["choices"][0]["index"] == index) == ANSWER
+
+
+def test_several_mixes_that_do_not_fit_together_take_turns(server: LiveServer) -> None:
+    prompts = [f"{domain}=0.9" for domain in ("math", "code", "math", "code")]
+    extension = {"mode": "all"}
+    assert complete(server, prompt=prompts, brainstacks=extension).status_code == 200
+
+
+def test_stream_echoes_the_prompt_first(server: LiveServer) -> None:
+    text = complete(server, echo=True, stream=True, logprobs=1).text
+    chunks = [json.loads(line[6:]) for line in text.split("\n\n") if line.startswith("data: {")]
+    first = chunks[0]["choices"][0]
+    assert first["text"] == "ab"
+    assert first["logprobs"]["token_logprobs"] == [None, -0.5]
+    offsets = [o for c in chunks if c["choices"][0]["logprobs"] for o in c["choices"][0]["logprobs"]["text_offset"]]
+    assert offsets[:4] == [0, 1, 2, 3]
+
+
+def test_tokens_go_there_and_back(server: LiveServer) -> None:
+    with server.client() as client:
+        answer = client.post("/tokenize", json={"prompt": "héllo"}).json()
+        assert answer["count"] == len(answer["tokens"]) == len("héllo".encode())
+        assert client.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "héllo"}
+
+
+def test_messages_are_tokenized_as_the_model_reads_them(server: LiveServer) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    with server.client() as client:
+        with_prompt = client.post("/tokenize", json={"messages": messages}).json()
+        without = client.post("/tokenize", json={"messages": messages, "add_generation_prompt": False}).json()
+        text = client.post("/detokenize", json={"tokens": with_prompt["tokens"]}).json()["prompt"]
+    assert text == "<|user|>hi\n<|assistant|>"
+    assert without["count"] == len("<|user|>hi\n")

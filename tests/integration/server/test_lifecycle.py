@@ -1,0 +1,153 @@
+"""However a request ends, in whatever phase: nothing of it stays in queue, engine or cache."""
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from engine.errors import EngineFailed, EngineStopped
+from tests.servers import LiveServer, run_live_server, wait_until
+
+both_ways = pytest.mark.parametrize("stream", [False, True])
+
+
+@contextmanager
+def asked(server: LiveServer, text: str = "math=0.9", **fields: Any) -> Iterator[socket.socket]:
+    """A client that asks and then waits; it hangs up at the end of the block."""
+    body = json.dumps({"messages": [{"role": "user", "content": text}], **fields}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        yield connection
+
+
+def num_499(server: LiveServer) -> float:
+    """Requests whose client had gone."""
+    labels = {"endpoint": "/v1/chat/completions", "status": "499"}
+    return server.service.metrics.registry.get_sample_value("brainstacks_requests_total", labels) or 0
+
+
+def assert_nothing_is_left(server: LiveServer) -> None:
+    """The house is empty, and the cache's books add up."""
+    wait_until(lambda: server.service.admission.admitted == 0, what="no sequence is admitted")
+    wait_until(lambda: server.engine.snapshot().running == 0, what="no sequence runs")
+    wait_until(lambda: server.cache.snapshot().leased_bytes == 0, what="no byte is leased")
+    assert server.cache.snapshot().waiting == 0
+    server.cache.check_integrity()
+
+
+def is_decoding(server: LiveServer) -> Callable[[], bool]:
+    """Whether the first token of every submitted sequence is out."""
+    return lambda: bool(server.engine.submitted) and server.engine.num_sent() == len(server.engine.submitted)
+
+
+@both_ways
+def test_client_who_hangs_up_during_the_route_is_never_routed(server: LiveServer, stream: bool) -> None:
+    server.engine.may_route.clear()
+    with asked(server, stream=stream):
+        wait_until(lambda: server.service.admission.admitted == 1, what="the request is admitted")
+    wait_until(lambda: num_499(server) == 1, what="the request has ended")
+    server.engine.may_route.set()
+    assert_nothing_is_left(server)
+    assert server.router.texts == []
+    assert server.engine.submitted == []
+
+
+@both_ways
+def test_client_who_hangs_up_during_a_load_holds_no_lease(server: LiveServer, stream: bool) -> None:
+    server.may_load.clear()
+    with asked(server, stream=stream):
+        wait_until(lambda: len(server.cache.snapshot().entries) == 2, what="the domains load")
+    wait_until(lambda: num_499(server) == 1, what="the request has ended")
+    server.may_load.set()
+    assert_nothing_is_left(server)
+    assert server.engine.submitted == []
+    assert server.chat("math=0.9").json()["brainstacks"]["mix"] == {"chat": 0.2, "math": 0.9}
+
+
+@both_ways
+def test_client_who_hangs_up_while_waiting_for_room_leaves_the_line(tmp_path: Path, stream: bool) -> None:
+    with run_live_server(tmp_path, budget_domains=1) as server:
+        server.engine.may_decode.clear()
+        with asked(server, model="tiny:math"):
+            wait_until(is_decoding(server), what="math is held")
+            with asked(server, model="tiny:code", stream=stream):
+                wait_until(lambda: server.cache.snapshot().waiting == 1, what="code waits for room")
+            wait_until(lambda: server.cache.snapshot().waiting == 0, what="nobody waits")
+        assert_nothing_is_left(server)
+        assert len(server.engine.submitted) == 1
+
+
+@both_ways
+@pytest.mark.parametrize("n", [1, 3])
+def test_client_who_hangs_up_before_prefill_is_cancelled(server: LiveServer, stream: bool, n: int) -> None:
+    server.engine.may_run.clear()
+    with asked(server, stream=stream, n=n):
+        wait_until(lambda: len(server.engine.submitted) == n, what="the engine has the request")
+    wait_until(lambda: num_499(server) == 1, what="the request has ended")
+    assert sorted(server.engine.cancelled) == sorted(r.request_id for r in server.engine.submitted)
+    assert_nothing_is_left(server)
+
+
+@both_ways
+@pytest.mark.parametrize("n", [1, 3])
+def test_client_who_hangs_up_during_decode_is_cancelled(server: LiveServer, stream: bool, n: int) -> None:
+    server.engine.may_decode.clear()
+    with asked(server, stream=stream, n=n):
+        wait_until(is_decoding(server), what="every choice has its first token")
+    wait_until(lambda: num_499(server) == 1, what="the request has ended")
+    assert len(server.engine.cancelled) == n
+    assert_nothing_is_left(server)
+
+
+@both_ways
+@pytest.mark.parametrize("error", [EngineFailed("a step failed"), EngineStopped("the engine is shutting down")])
+def test_failure_of_the_engine_frees_everything(server: LiveServer, stream: bool, error: Exception) -> None:
+    server.engine.fail_with = error
+    server.chat("math=0.9", stream=stream, n=2)
+    assert_nothing_is_left(server)
+
+
+@both_ways
+def test_refusal_by_the_engine_frees_everything(server: LiveServer, stream: bool) -> None:
+    server.engine.refuse_with = EngineStopped("the engine is shutting down")
+    response = server.chat("math=0.9", stream=stream, n=2)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert_nothing_is_left(server)
+
+
+@both_ways
+def test_answered_request_frees_everything(server: LiveServer, stream: bool) -> None:
+    assert server.chat("math=0.9", stream=stream, n=2).status_code == 200
+    assert_nothing_is_left(server)
+    assert server.engine.cancelled == []
+
+
+def test_requests_with_one_client_id_are_not_mistaken_for_each_other(server: LiveServer) -> None:
+    server.engine.may_decode.clear()
+    with server.client() as client:
+        client.headers["x-request-id"] = "same"
+        for _ in range(2):
+            with asked(server):
+                pass
+    with asked(server):
+        wait_until(lambda: len({r.request_id for r in server.engine.submitted}) >= 1, what="the engine has one")
+    assert_nothing_is_left(server)
+
+
+def test_load_in_progress_does_not_hold_up_other_requests(server: LiveServer) -> None:
+    assert server.chat(model="tiny:math").status_code == 200
+    server.may_load.clear()
+    with asked(server, model="tiny:code"):
+        wait_until(lambda: len(server.cache.snapshot().entries) == 2, what="code loads")
+        assert server.chat(model="tiny:math").status_code == 200
+        assert server.chat(model="tiny:base").status_code == 200
+        server.may_load.set()
+        wait_until(lambda: len(server.engine.submitted) == 4, what="code is answered too")
+    assert_nothing_is_left(server)

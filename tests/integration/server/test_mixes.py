@@ -1,0 +1,152 @@
+"""Who answers: the router, the request, or the model's name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.servers import LiveServer, run_live_server, wait_until
+
+
+def submitted_mix(server: LiveServer) -> dict[str, float]:
+    """The mix that the engine got with its latest request."""
+    return {domain.name: weight for domain, weight in server.engine.submitted[-1].mix}
+
+
+def test_router_decides_unless_told_otherwise(server: LiveServer) -> None:
+    report = server.chat("math=0.9 code=0.12").json()["brainstacks"]
+    assert submitted_mix(server) == report["mix"] == {"chat": 0.2, "math": 0.9}
+    assert report["scores"] == {"chat": 0.01, "code": 0.12, "math": 0.9}
+
+
+def test_routes_are_remembered_by_text(server: LiveServer) -> None:
+    for _ in range(3):
+        server.chat("math=0.9")
+    server.chat("math=0.8")
+    assert server.router.texts == ["math=0.9", "math=0.8"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "mix"),
+    [
+        ({"brainstacks": {"mode": "base"}}, {}),
+        ({"brainstacks": {"mode": "all"}}, {"chat": 1.0, "code": 1.0, "math": 1.0}),
+        ({"brainstacks": {"mix": {"code": 0.4, "math": 1}}}, {"code": 0.4, "math": 1.0}),
+        ({"brainstacks": {"mix": {"code": 0.4, "math": 0}}}, {"code": 0.4}),
+        ({"brainstacks": {"mix": {}}}, {}),
+        ({"model": "tiny:base"}, {}),
+        ({"model": "tiny:code"}, {"code": 1.0}),
+    ],
+)
+def test_request_decides_without_the_router(server: LiveServer, fields: dict[str, Any], mix: dict[str, float]) -> None:
+    report = server.chat("math=0.9", **fields).json()["brainstacks"]
+    assert submitted_mix(server) == report["mix"] == mix
+    assert report["scores"] == {}
+    assert server.router.texts == []
+
+
+@pytest.mark.parametrize("weight", [0.5, 0])
+def test_unknown_domain_in_a_mix_is_named(server: LiveServer, weight: float) -> None:
+    response = server.chat(brainstacks={"mix": {"history": weight}})
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "domain_not_found"
+    assert "'history'" in response.json()["error"]["message"]
+
+
+def test_model_and_extension_may_not_both_decide(server: LiveServer) -> None:
+    response = server.chat(model="tiny:math", brainstacks={"mode": "base"})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "brainstacks"
+
+
+def test_domain_that_only_the_router_knows_is_scored_but_not_mixed(server: LiveServer) -> None:
+    server.router.domains = ("chat", "law", "math")
+    report = server.chat("law=0.9").json()["brainstacks"]
+    assert report["scores"]["law"] == 0.9
+    assert report["mix"] == {"chat": 0.2}
+
+
+def test_empty_question_is_answered_by_the_base(server: LiveServer) -> None:
+    assert server.chat(" ").json()["brainstacks"]["mix"] == {}
+
+
+def test_store_without_a_router_answers_by_the_base_and_says_so_when_asked(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, has_router=False) as server:
+        assert server.chat("math=0.9").json()["brainstacks"]["mix"] == {}
+        with server.client() as client:
+            response = client.post("/v1/route", json={"prompt": "hello"})
+        assert response.json()["error"]["code"] == "router_not_found"
+
+
+def test_routed_mix_shrinks_to_the_budget_and_tells(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, budget_domains=2) as server:
+        response = server.chat("math=0.9 code=0.7")
+        report = response.json()["brainstacks"]
+    assert report["mix"] == {"code": 0.7, "math": 0.9}
+    assert report["dropped"] == {"chat": 0.2}
+    assert response.headers["x-brainstacks-mix"] == "code=0.70,math=0.90"
+
+
+def test_routed_mix_makes_room_for_pins(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, budget_domains=2, settings={"server": {"admin_key": "k"}}) as server:
+        with server.client("k") as client:
+            assert client.post("/admin/domains/code/pin").json()["pinned"] is True
+        report = server.chat("math=0.9").json()["brainstacks"]
+    assert (report["mix"], report["dropped"]) == ({"math": 0.9}, {"chat": 0.2})
+
+
+@pytest.mark.parametrize("extension", [{"mode": "all"}, {"mix": {"chat": 0.1, "code": 0.2, "math": 0.3}}])
+def test_mix_of_the_request_does_not_shrink(tmp_path: Path, extension: dict[str, Any]) -> None:
+    with run_live_server(tmp_path, budget_domains=2) as server:
+        response = server.chat(brainstacks=extension)
+        budget_bytes = server.cache.snapshot().budget_bytes
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "mix_too_large"
+        assert str(budget_bytes) in response.json()["error"]["message"]
+
+
+def test_second_question_of_a_kind_is_a_hit(server: LiveServer) -> None:
+    assert sorted(server.chat("math=0.9").json()["brainstacks"]["cold"]) == ["chat", "math"]
+    assert server.chat("math=0.8").json()["brainstacks"]["cold"] == []
+    assert server.metric("brainstacks_stack_cache_lookups_total", tier="device", result="hit") == 2
+    assert server.metric("brainstacks_stack_cache_lookups_total", tier="device", result="miss") == 2
+
+
+def test_three_domains_take_turns_in_room_for_one(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, budget_domains=1) as server:
+        for _ in range(2):
+            for domain in ("math", "code", "chat"):
+                server.chat(model=f"tiny:{domain}")
+                assert submitted_mix(server) == {domain: 1.0}
+        assert server.metric("brainstacks_stack_cache_evictions_total", tier="device") == 5
+        assert server.metric("brainstacks_stack_load_bytes_total", source="file") == 6 * server.resident_bytes("math")
+        wait_until(lambda: server.cache.snapshot().leased_bytes == 0, what="every lease ended")
+        server.cache.check_integrity()
+
+
+def test_domain_whose_file_is_damaged_fails_alone(server: LiveServer) -> None:
+    path = server.registry.stack_path(server.registry.domain("math").stacks[0])
+    path.write_bytes(path.read_bytes()[:-8] + b"\0" * 8)
+    failed = server.chat(model="tiny:math")
+    assert failed.status_code == 503
+    assert failed.json()["error"]["code"] == "load_failed"
+    assert int(failed.headers["retry-after"]) > 0
+    assert server.chat(model="tiny:code").status_code == 200
+
+
+def test_route_endpoint_generates_nothing(server: LiveServer) -> None:
+    with server.client() as client:
+        answer = client.post("/v1/route", json={"messages": [{"role": "user", "content": "math=0.9"}]}).json()
+        gap = client.post("/v1/route", json={"prompt": "nothing known"}).json()
+    assert answer["scores"] == {"chat": 0.01, "code": 0.01, "math": 0.9}
+    assert (answer["mix"], answer["gap"]) == ({"chat": 0.2, "math": 0.9}, False)
+    assert gap["gap"] is True
+    assert server.engine.submitted == []
+
+
+def test_gap_selection_and_weight_are_counted(server: LiveServer) -> None:
+    server.chat("nothing known")
+    server.chat("math=0.9")
+    assert server.metric("brainstacks_capability_gap_total") == 1
+    assert server.metric("brainstacks_domain_selected_total", domain="chat") == 2
+    assert server.metric("brainstacks_domain_weight_sum", domain="math") == pytest.approx(0.9)

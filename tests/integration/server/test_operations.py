@@ -1,0 +1,121 @@
+"""Health, metrics, ids, logs and the page at the root."""
+
+import logging
+import re
+
+import pytest
+
+from tests.servers import ANSWER, LiveServer, wait_until
+
+CONTRACT = (
+    "brainstacks_requests_total",
+    "brainstacks_time_to_first_token_seconds",
+    "brainstacks_inter_token_seconds",
+    "brainstacks_phase_seconds",
+    "brainstacks_prompt_tokens_total",
+    "brainstacks_completion_tokens_total",
+    "brainstacks_requests_running",
+    "brainstacks_requests_waiting",
+    "brainstacks_kv_cache_used_ratio",
+    "brainstacks_stack_cache_lookups_total",
+    "brainstacks_stack_cache_evictions_total",
+    "brainstacks_stack_cache_resident_bytes",
+    "brainstacks_stack_cache_budget_bytes",
+    "brainstacks_stack_load_seconds",
+    "brainstacks_stack_load_bytes_total",
+    "brainstacks_domain_selected_total",
+    "brainstacks_domain_weight",
+    "brainstacks_capability_gap_total",
+    "brainstacks_build_info",
+)
+
+
+def scraped(server: LiveServer) -> str:
+    """The text of /metrics."""
+    with server.client() as client:
+        return client.get("/metrics").text
+
+
+def test_every_metric_of_the_contract_is_there(server: LiveServer) -> None:
+    text = scraped(server)
+    for name in CONTRACT:
+        assert f"# TYPE {name} " in text, name
+
+
+def test_an_answer_is_counted_and_timed(server: LiveServer) -> None:
+    server.chat("math=0.9")
+    num_tokens = len(ANSWER.encode())
+    assert server.metric("brainstacks_requests_total", endpoint="/v1/chat/completions", status="200") == 1
+    assert server.metric("brainstacks_completion_tokens_total") == num_tokens
+    assert server.metric("brainstacks_prompt_tokens_total") == len("<|user|>math=0.9\n<|assistant|>")
+    assert server.metric("brainstacks_time_to_first_token_seconds_count") == 1
+    assert server.metric("brainstacks_inter_token_seconds_count") == num_tokens - 1
+    for phase in ("queue", "route", "page_in", "prefill", "decode"):
+        assert server.metric("brainstacks_phase_seconds_count", phase=phase) == 1
+
+
+def test_running_and_waiting_follow_the_engine(server: LiveServer) -> None:
+    assert "brainstacks_requests_running 0.0" in scraped(server)
+    assert "brainstacks_kv_cache_used_ratio 0.25" in scraped(server)
+
+
+def test_endpoint_labels_are_templates(server: LiveServer) -> None:
+    with server.client() as client:
+        client.get("/v1/models/some-model")
+        client.get("/some/path")
+    assert server.metric("brainstacks_requests_total", endpoint="/v1/models/{model:path}", status="404") == 1
+    assert server.metric("brainstacks_requests_total", endpoint="other", status="404") == 1
+
+
+def test_readiness_follows_the_heartbeat_of_the_engine(server: LiveServer) -> None:
+    with server.client() as client:
+        assert client.get("/health/ready").status_code == 200
+        assert client.get("/health").status_code == 200
+        server.engine.heartbeat_age = 1000.0
+        assert client.get("/health/ready").status_code == 503
+        assert client.get("/health/live").status_code == 200
+
+
+def test_request_id_is_made_or_taken_over(server: LiveServer) -> None:
+    with server.client() as client:
+        made = [client.get("/health/live").headers["x-request-id"] for _ in range(2)]
+        assert made[0] != made[1]
+        taken = client.get("/health/live", headers={"x-request-id": "trace-1"})
+        assert taken.headers["x-request-id"] == "trace-1"
+        refused = client.get("/health/live", headers={"x-request-id": "a b"})
+        assert refused.headers["x-request-id"] != "a b"
+
+
+def test_one_line_tells_of_a_request_and_never_its_text(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    server.chat("a private question math=0.9")
+    wait_until(lambda: "request done" in caplog.text, what="the line is written")
+    lines = [record.getMessage() for record in caplog.records if "request done" in record.getMessage()]
+    assert len(lines) == 1
+    assert re.search(r"status=200 seconds=\S+ mix=chat=0.20,math=0.90 prompt_tokens=\d+ completion_tokens=13", lines[0])
+    assert "private question" not in caplog.text
+    assert "au lait" not in caplog.text
+
+
+def test_models_are_found_by_their_names(server: LiveServer) -> None:
+    with server.client() as client:
+        names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+        assert names == ["tiny", "tiny:base", "tiny:chat", "tiny:code", "tiny:math"]
+        for name in names:
+            assert client.get(f"/v1/models/{name}").json()["id"] == name
+        assert client.get("/v1/models/tiny:law").json()["error"]["code"] == "model_not_found"
+
+
+def test_playground_needs_no_outside_host(server: LiveServer) -> None:
+    with server.client() as client:
+        page = client.get("/")
+        assert page.headers["content-type"].startswith("text/html")
+        links = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+        assert links
+        for link in links:
+            if link.startswith("data:"):
+                continue
+            assert link.startswith("/playground/"), link
+            asset = client.get(link)
+            assert asset.status_code == 200
+            assert not re.search(r"https?://", asset.text)

@@ -1,0 +1,221 @@
+"""What is refused, with which status, and in OpenAI's shape."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.servers import LiveServer, run_live_server, wait_until
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def refuse(server: LiveServer, path: str, body: Any, status: int) -> dict[str, Any]:
+    """The error of an answer that must have this status."""
+    with server.client() as client:
+        response = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"role": "robot", "content": "hello"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 10**6}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": 3}, "stop"),
+        ({"seed": 2**70}, "seed"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
+        ({"stream": "yes"}, "stream"),
+        ({"brainstacks": {"mix": {"math": 1.5}}}, "brainstacks.mix.math"),
+        ({"brainstacks": {"mode": "most"}}, "brainstacks.mode"),
+        ({"brainstacks": {"modus": "base"}}, "brainstacks.modus"),
+    ],
+)
+def test_bad_value_is_named(shared_server: LiveServer, fields: dict[str, Any], param: str) -> None:
+    error = refuse(shared_server, "/v1/chat/completions", {"messages": MESSAGES, **fields}, 400)
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+    assert param.rpartition(".")[2] in error["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_logprobs": 2},
+        {"stream_options": {"include_usage": True}},
+        {"stop": ["x", ""]},
+        {"max_tokens": 3, "max_completion_tokens": 4},
+        {"brainstacks": {"mode": "base", "mix": {}}},
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(shared_server: LiveServer, fields: dict[str, Any]) -> None:
+    refuse(shared_server, "/v1/chat/completions", {"messages": MESSAGES, **fields}, 400)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_as_unsupported(
+    shared_server: LiveServer, fields: dict[str, Any], param: str
+) -> None:
+    error = refuse(shared_server, "/v1/chat/completions", {"messages": MESSAGES, **fields}, 400)
+    assert (error["param"], error["code"]) == (param, "unsupported_parameter")
+    assert "not supported" in error["message"]
+
+
+def test_neutral_values_of_unsupported_fields_are_fine(shared_server: LiveServer) -> None:
+    neutral: dict[str, Any] = {
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "modalities": ["text"],
+        "audio": None,
+    }
+    assert shared_server.chat(**neutral).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [99999]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"suffix": "end"}, "suffix"),
+    ],
+)
+def test_bad_completion_field_is_named(shared_server: LiveServer, fields: dict[str, Any], param: str) -> None:
+    assert refuse(shared_server, "/v1/completions", {"prompt": "a", **fields}, 400)["param"] == param
+
+
+def test_best_of_is_refused(shared_server: LiveServer) -> None:
+    error = refuse(shared_server, "/v1/completions", {"prompt": "a", "best_of": 2}, 400)
+    assert error["code"] == "unsupported_parameter"
+
+
+@pytest.mark.parametrize("model", ["gpt-4", "tiny:history", "tiny:", ":math", "other:math"])
+def test_unknown_model_is_not_found(shared_server: LiveServer, model: str) -> None:
+    error = refuse(shared_server, "/v1/chat/completions", {"messages": MESSAGES, "model": model}, 404)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+
+
+def test_too_long_prompt_is_refused_with_the_numbers(shared_server: LiveServer) -> None:
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x" * 500}]}
+    error = refuse(shared_server, "/v1/chat/completions", body, 400)
+    assert error["code"] == "context_length_exceeded"
+    assert "400" in error["message"]
+    assert str(500 + len("<|user|>\n<|assistant|>")) in error["message"]
+
+
+def test_answer_that_would_not_fit_is_refused_with_the_numbers(shared_server: LiveServer) -> None:
+    error = refuse(shared_server, "/v1/completions", {"prompt": "abc", "max_tokens": 398}, 400)
+    assert error["code"] == "context_length_exceeded"
+    assert "3 in the prompt and 398 in the completion" in error["message"]
+
+
+@pytest.mark.parametrize("body", [b"{", b"", b"[1]", b"\xff\xfe", b"[" * 100_000])
+def test_broken_body_is_a_400(shared_server: LiveServer, body: bytes) -> None:
+    with shared_server.client() as client:
+        response = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_unknown_path_and_method_have_the_same_shape(shared_server: LiveServer) -> None:
+    with shared_server.client() as client:
+        for response, status in ((client.get("/v1/nothing"), 404), (client.delete("/v1/chat/completions"), 405)):
+            assert response.status_code == status
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_error_that_nobody_foresaw_tells_nothing_of_the_inside(server: LiveServer) -> None:
+    server.engine.refuse_with = RuntimeError("secret detail")
+    response = server.chat()
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert response.json()["error"]["code"] == "internal_error"
+    assert "x-request-id" in response.headers
+
+
+def test_large_body_is_refused_while_it_comes(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, settings={"server": {"max_body_bytes": 1000}}) as server:
+        response = server.chat("x" * 1000)
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "request_too_large"
+
+
+def test_full_queue_answers_429(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, settings={"server": {"max_queue": 0}}) as server:
+        server.engine.may_run.clear()
+        with server.client() as client:
+            body = {"messages": MESSAGES, "n": 4, "stream": True}
+            with client.stream("POST", "/v1/chat/completions", json=body):
+                wait_until(lambda: server.service.admission.admitted == 4, what="the house is full")
+                refused = server.chat()
+                assert refused.status_code == 429
+                assert refused.headers["retry-after"] == "1"
+                assert refused.json()["error"]["type"] == "rate_limit_error"
+                server.engine.may_run.set()
+        wait_until(lambda: server.service.admission.admitted == 0, what="the house is empty")
+        assert server.chat().status_code == 200
+
+
+def test_more_choices_than_the_house_holds_are_refused_for_good(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, settings={"server": {"max_queue": 0}}) as server:
+        error = refuse(server, "/v1/chat/completions", {"messages": MESSAGES, "n": 5}, 400)
+    assert error["param"] == "n"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_request_that_takes_too_long_is_ended(tmp_path: Path, stream: bool) -> None:
+    with run_live_server(tmp_path, settings={"server": {"request_timeout_seconds": 0.2}}) as server:
+        server.engine.may_decode.clear()
+        response = server.chat(stream=stream)
+        if stream:
+            assert '"code":"request_timed_out"' in response.text
+        else:
+            assert response.status_code == 504
+            assert response.headers["x-should-retry"] == "false"
+        wait_until(lambda: len(server.engine.cancelled) == 1, what="the engine was told")
+
+
+def test_api_key_is_asked_for_before_anything_is_read(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, settings={"server": {"api_keys": ["one", "two"]}}) as server:
+        for key, status in ((None, 401), ("three", 401), ("one", 200), ("two", 200)):
+            with server.client(key) as client:
+                assert client.get("/v1/models").status_code == status
+                broken = client.post("/v1/chat/completions", content=b"{", headers={"content-type": "application/json"})
+                assert broken.status_code == (401 if status == 401 else 400)
+        with server.client() as client:
+            assert client.get("/v1/models").headers["www-authenticate"] == "Bearer"
+            for open_path in ("/health/live", "/health/ready", "/metrics", "/"):
+                assert client.get(open_path).status_code == 200

@@ -1,0 +1,276 @@
+"""The real engine on tiny random bases, compared with transformers' own forward and slowly added stacks."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.engine import Engine
+from engine.errors import EngineFailed, EngineStopped, PromptTooLong
+from engine.model.base import load_base
+from engine.model.moe_lora import MoeLoraConfig
+from engine.slots import ResidentDomain
+from engine.types import FinishedEvent, PromptEvent, SamplingParams, TokensEvent
+from tests.engines import Client, Collected, collect
+from tests.reference import ReferenceModel, WeightedStack
+from tests.stacks import random_projections, to_serving
+
+ARCHITECTURES = ["llama", "gemma3", "qwen2", "qwen3", "mistral"]
+CONFIGS = [MoeLoraConfig(4, 4, 2, 4.0), MoeLoraConfig(2, 8, 1, 2.0), MoeLoraConfig(3, 2, 3, 4.0)]
+LONG = 1 << 30
+
+
+def greedy(num_tokens: int = 12, **options: object) -> SamplingParams:
+    return SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, **options)  # type: ignore[arg-type]
+
+
+@contextmanager
+def running_engine(folder: Path, **options: int) -> Iterator[Client]:
+    base = load_base(str(folder), base_format="dense", dtype="float32")
+    settings = {"max_batch_rows": 4, "max_model_len": 128, "kv_cache_tokens": 512, **options}
+    engine = Engine(base, **settings)
+    engine.start()
+    try:
+        yield Client(engine)
+    finally:
+        engine.stop()
+
+
+def domains_of(client: Client) -> tuple[list[ResidentDomain], list[list[WeightedStack]]]:
+    """Three domains of unlike shapes, the last of two rounds; and the same for the reference, at weight 1."""
+    geometry = client.engine.base.geometry
+    drawn = [(c, random_projections(geometry, c, seed=i)) for i, c in enumerate([*CONFIGS, CONFIGS[0]])]
+    stacks = [to_serving(geometry, config, p, dtype=client.engine.base.dtype) for config, p in drawn]
+    rounds = [[0], [1], [2, 3]]
+    resident = [ResidentDomain(f"d{i}", f"v{i}", tuple(stacks[j] for j in r)) for i, r in enumerate(rounds)]
+    reference = [[(drawn[j][0], drawn[j][1], 1.0) for j in r] for r in rounds]
+    return resident, reference
+
+
+def weighted(reference: list[list[WeightedStack]], mix: dict[int, float]) -> list[WeightedStack]:
+    return [(config, p, mix[i]) for i in mix for config, p, _ in reference[i]]
+
+
+MIXES: list[dict[int, float]] = [{}, {0: 1.0}, {1: 0.7, 2: 0.3}, {0: 0.2, 1: 0.9, 2: 1.0}]
+PROMPTS = [list(range(5, 5 + n)) for n in (3, 17, 40, 1)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mixed_batch_equals_each_request_computed_the_plain_way(
+    architecture: str, tiny_base_folder: Callable[[str], Path]
+) -> None:
+    folder = tiny_base_folder(architecture)
+    reference = ReferenceModel(folder)
+    with running_engine(folder, max_step_tokens=16) as client:  # prompts arrive in chunks
+        domains, slow = domains_of(client)
+        events = [
+            client.submit(prompt, greedy(), [(domains[i], w) for i, w in mix.items()])[1]
+            for prompt, mix in zip(PROMPTS, MIXES, strict=True)
+        ]
+        together = [collect(queue) for queue in events]
+        alone = [
+            client.run(prompt, greedy(), [(domains[i], w) for i, w in mix.items()])
+            for prompt, mix in zip(PROMPTS, MIXES, strict=True)
+        ]
+    for prompt, mix, joint, single in zip(PROMPTS, MIXES, together, alone, strict=True):
+        expected = reference.greedy(prompt, weighted(slow, mix), 12)
+        assert joint.token_ids == expected
+        assert single.token_ids == expected
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_base_folder: Callable[[str], Path]) -> Iterator[Client]:
+    with running_engine(tiny_base_folder("llama")) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def llama_reference(tiny_base_folder: Callable[[str], Path]) -> ReferenceModel:
+    return ReferenceModel(tiny_base_folder("llama"))
+
+
+def test_logprobs_equal_the_plain_forward(llama: Client, llama_reference: ReferenceModel) -> None:
+    domains, slow = domains_of(llama)
+    prompt = PROMPTS[1]
+    got = llama.run(prompt, greedy(5, logprobs=3, prompt_logprobs=2), [(domains[0], 0.5)])
+    expected = llama_reference.logits(prompt + got.token_ids, weighted(slow, {0: 0.5})).log_softmax(-1)
+    for position, entry in enumerate(got.logprobs, len(prompt) - 1):
+        assert entry.logprob == pytest.approx(expected[position, entry.token_id].item(), abs=1e-4)
+        torch.testing.assert_close(
+            torch.tensor([value for _, value in entry.top]), expected[position].topk(3).values, atol=1e-4, rtol=0
+        )
+    assert got.prompt_logprobs is not None
+    assert got.prompt_logprobs[0] is None
+    assert len(got.prompt_logprobs) == len(prompt)
+    for position, known in enumerate(got.prompt_logprobs[1:]):
+        assert known is not None
+        assert known.token_id == prompt[position + 1]
+        assert known.logprob == pytest.approx(expected[position, known.token_id].item(), abs=1e-4)
+        assert len(known.top) == 2
+
+
+def test_prompt_logprobs_alone_generate_nothing(llama: Client) -> None:
+    got = llama.run(PROMPTS[1], SamplingParams(max_tokens=0, prompt_logprobs=0))
+    assert got.token_ids == []
+    assert got.finished is not None
+    assert got.finished.reason == "length"
+    assert got.prompt_logprobs is not None
+    assert len(got.prompt_logprobs) == len(PROMPTS[1])
+
+
+def test_a_seed_gives_the_same_text_alone_and_in_company(llama: Client) -> None:
+    sampling = SamplingParams(max_tokens=10, temperature=0.9, top_p=0.9, top_k=50, seed=7, ignore_eos=True)
+    alone = llama.run(PROMPTS[0], sampling)
+    others = [llama.submit(PROMPTS[2], greedy(30))[1] for _ in range(2)]
+    joint = llama.run(PROMPTS[0], sampling)
+    for queue in others:
+        collect(queue)
+    assert joint.token_ids == alone.token_ids
+    another = SamplingParams(max_tokens=10, temperature=0.9, top_p=0.9, top_k=50, seed=8, ignore_eos=True)
+    assert llama.run(PROMPTS[0], another).token_ids != alone.token_ids
+
+
+def test_more_requests_than_rows_all_finish_with_their_own_answers(llama: Client) -> None:
+    expected = [llama.run(prompt, greedy(6)).token_ids for prompt in PROMPTS]
+    events = [llama.submit(PROMPTS[i % 4], greedy(6))[1] for i in range(13)]
+    for i, queue in enumerate(events):
+        assert collect(queue).token_ids == expected[i % 4]
+
+
+def test_a_request_joins_and_leaves_while_others_go_on(llama: Client) -> None:
+    _, long_events = llama.submit(PROMPTS[0], greedy(60))
+    first = long_events.get(timeout=60)
+    assert isinstance(first, PromptEvent)
+    short = llama.run(PROMPTS[1], greedy(3))
+    assert short.finished is not None
+    assert long_events.qsize() < 60  # the long one was still running
+    assert collect(long_events).finished is not None
+
+
+def test_cancelled_requests_give_back_everything(llama: Client) -> None:
+    running_id, running = llama.submit(PROMPTS[0], greedy(100))
+    while not isinstance(running.get(timeout=60), TokensEvent):
+        pass
+    fillers = [llama.submit(PROMPTS[0], greedy(100)) for _ in range(3)]
+    waiting_id, waiting = llama.submit(PROMPTS[0], greedy(100))
+    for request_id in (waiting_id, running_id, *(i for i, _ in fillers), "never-heard-of"):
+        llama.engine.cancel(request_id)
+    for queue in (running, waiting, *(q for _, q in fillers)):
+        finished = collect(queue).finished
+        assert finished is not None
+        assert finished.reason == "cancelled"
+    llama.engine.run_on_device(lambda: None).result(timeout=60)
+    snapshot = llama.engine.snapshot()
+    assert (snapshot.running, snapshot.waiting, snapshot.kv_used_ratio) == (0, 0, 0.0)
+
+
+def test_stop_string_ends_the_text_and_is_not_shown(llama: Client) -> None:
+    whole = llama.run(PROMPTS[0], greedy(20)).text
+    stop = whole[6:9]
+    got = llama.run(PROMPTS[0], greedy(20, stop=(stop,)))
+    assert got.text == whole[: whole.index(stop)]
+    assert got.finished is not None
+    assert got.finished.reason == "stop"
+    kept = llama.run(PROMPTS[0], greedy(20, stop=(stop,), include_stop=True))
+    assert kept.text == whole[: whole.index(stop) + len(stop)]
+
+
+def test_end_of_sequence_token_ends_unless_ignored_or_too_early(llama: Client) -> None:
+    end = next(iter(llama.engine.base.eos_token_ids))
+    bias = {end: 100.0}
+    stopped = llama.run(PROMPTS[0], SamplingParams(max_tokens=9, temperature=0.0, logit_bias=bias))
+    assert stopped.token_ids == [end]
+    assert stopped.text == ""
+    later = llama.run(PROMPTS[0], SamplingParams(max_tokens=9, min_tokens=4, temperature=0.0, logit_bias=bias))
+    assert len(later.token_ids) == 5
+    assert later.token_ids[-1] == end
+    ignored = llama.run(PROMPTS[0], greedy(9, logit_bias=bias))
+    assert ignored.token_ids == [end] * 9
+
+
+def test_jobs_run_in_the_engine_thread_with_every_stack_off(llama: Client, llama_reference: ReferenceModel) -> None:
+    domains, _ = domains_of(llama)
+    _, events = llama.submit(PROMPTS[0], greedy(40), [(domains[0], 1.0)])
+    ids = torch.tensor([PROMPTS[1]])
+
+    def base_logits() -> tuple[str, torch.Tensor]:
+        with torch.inference_mode():
+            return threading.current_thread().name, llama.engine.base.model(input_ids=ids, use_cache=False).logits[0]
+
+    name, logits = llama.engine.run_on_device(base_logits).result(timeout=60)
+    assert name == "engine"
+    torch.testing.assert_close(logits.clone(), llama_reference.logits(PROMPTS[1], []), atol=1e-4, rtol=1e-4)
+    assert len(collect(events).token_ids) == 40
+
+
+def test_a_failing_job_reaches_its_caller_only(llama: Client) -> None:
+    def fail() -> None:
+        raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine"):
+        llama.engine.run_on_device(fail).result(timeout=60)
+    assert len(llama.run(PROMPTS[0], greedy(2)).token_ids) == 2
+
+
+def test_a_failing_step_fails_its_requests_and_not_the_engine(llama: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.runner.AttentionStep", None)
+        assert isinstance(llama.run(PROMPTS[0], greedy(2)).error, EngineFailed)
+    assert len(llama.run(PROMPTS[0], greedy(2)).token_ids) == 2
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(llama: Client) -> None:
+    with pytest.raises(PromptTooLong, match=r"3 prompt tokens and max_tokens 126 exceed the context of 128"):
+        llama.submit(PROMPTS[0], greedy(126))
+    with pytest.raises(ValueError, match="99999"):
+        llama.submit([99999], greedy(1))
+    with pytest.raises(ValueError, match="at least one token"):
+        llama.submit([], greedy(1))
+
+
+def test_a_stopped_engine_fails_what_it_holds_and_refuses_more(tiny_base_folder: Callable[[str], Path]) -> None:
+    with running_engine(tiny_base_folder("llama")) as client:
+        _, events = client.submit(PROMPTS[0], greedy(100))
+        events.get(timeout=60)
+        client.engine.stop()
+        assert isinstance(collect(events).error, EngineStopped)
+        with pytest.raises(EngineStopped):
+            client.submit(PROMPTS[0], greedy(1))
+
+
+def test_heartbeat_is_young_while_idle(llama: Client) -> None:
+    assert llama.engine.heartbeat_age_seconds() < 30
+
+
+def test_bfloat16_mixed_batch_stays_within_tolerance_of_alone(tiny_base_folder: Callable[[str], Path]) -> None:
+    base = load_base(str(tiny_base_folder("llama")), base_format="dense", dtype="bfloat16")
+    engine = Engine(base, max_batch_rows=4, max_model_len=128, kv_cache_tokens=512)
+    engine.start()
+    try:
+        client = Client(engine)
+        domains, _ = domains_of(client)
+        sampling = greedy(1, logprobs=20)
+
+        def logprobs(answer: Collected) -> dict[int, float]:
+            return dict(answer.logprobs[0].top)
+
+        mix = [(domains[0], 1.0)]
+        alone = logprobs(client.run(PROMPTS[1], sampling, mix))
+        queues = [client.submit(PROMPTS[1], sampling, m)[1] for m in ([], mix, [(domains[1], 0.5)])]
+        joint = logprobs([collect(queue) for queue in queues][1])
+        for token in alone.keys() & joint.keys():
+            assert joint[token] == pytest.approx(alone[token], abs=0.05)
+        assert len(alone.keys() & joint.keys()) >= 15
+    finally:
+        engine.stop()
+
+
+def test_finished_event_counts_tokens_and_times_each_phase(llama: Client) -> None:
+    finished = llama.run(PROMPTS[1], greedy(5)).finished
+    assert isinstance(finished, FinishedEvent)
+    assert (finished.prompt_tokens, finished.completion_tokens, finished.reason) == (17, 5, "length")
+    assert set(finished.seconds) == {"queue", "prefill", "decode"}
+    assert all(seconds >= 0 for seconds in finished.seconds.values())

@@ -1,0 +1,117 @@
+"""Sampling compared with its definition, row by row and in distribution."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from engine.sampling import RowSampler, sample, token_logprobs
+from engine.types import SamplingParams
+
+
+def row(prompt: set[int] | None = None, ends: set[int] | None = None, **options: object) -> RowSampler:
+    params = SamplingParams(max_tokens=1000, **options)  # type: ignore[arg-type]
+    return RowSampler(params, frozenset(prompt or ()), frozenset(ends or ()))
+
+
+LOGITS = torch.tensor([1.0, 2.0, 0.5, -1.0, 1.5])
+
+
+def frequencies(sampler: RowSampler, draws: int = 4000) -> list[float]:
+    counts = Counter(sample(LOGITS.unsqueeze(0).clone(), [sampler])[0] for _ in range(draws))
+    return [counts[i] / draws for i in range(len(LOGITS))]
+
+
+def test_zero_temperature_takes_the_largest() -> None:
+    assert sample(LOGITS.unsqueeze(0).clone(), [row(temperature=0.0)]) == [1]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_draws_follow_the_softmax_at_the_temperature(temperature: float) -> None:
+    expected = (LOGITS / temperature).softmax(0).tolist()
+    assert frequencies(row(temperature=temperature, seed=1)) == pytest.approx(expected, abs=0.03)
+
+
+def test_top_k_keeps_the_k_likeliest() -> None:
+    weights = LOGITS.softmax(0)
+    total = float(weights[1] + weights[4])
+    expected = [0, float(weights[1]) / total, 0, 0, float(weights[4]) / total]
+    assert frequencies(row(top_k=2, seed=1)) == pytest.approx(expected, abs=0.03)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    weights = LOGITS.softmax(0)  # 0.43, 0.26, 0.16, 0.10, ... in order: 1, 4, 0, 2, 3
+    total = float(weights[1] + weights[4])
+    expected = [0, float(weights[1]) / total, 0, 0, float(weights[4]) / total]
+    assert frequencies(row(top_p=0.6, seed=1)) == pytest.approx(expected, abs=0.03)
+
+
+def test_a_row_draws_the_same_in_any_company() -> None:
+    alone, joint = (row(temperature=1.3, top_p=0.9, seed=3) for _ in range(2))
+    expected = [sample(LOGITS.unsqueeze(0).clone(), [alone])[0] for _ in range(20)]
+    others = [row(temperature=0.0), row(seed=9), row(top_k=1, seed=2)]
+    got = [sample(LOGITS.repeat(4, 1), [others[0], joint, *others[1:]])[1] for _ in range(20)]
+    assert got == expected
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens() -> None:
+    logits = LOGITS.clone()
+    sampler = row(prompt={1, 3}, repetition_penalty=2.0)
+    sampler.output_counts[4] = 1
+    sampler.adjust(logits)
+    assert logits.tolist() == [1.0, 1.0, 0.5, -2.0, 0.75]
+
+
+def test_presence_and_frequency_penalties_count_the_output_only() -> None:
+    logits = LOGITS.clone()
+    sampler = row(prompt={0}, presence_penalty=0.5, frequency_penalty=0.25)
+    sampler.output_counts.update({1: 3, 2: 1})
+    sampler.adjust(logits)
+    assert logits.tolist() == pytest.approx([1.0, 2.0 - 0.5 - 0.75, 0.5 - 0.5 - 0.25, -1.0, 1.5])
+
+
+def test_logit_bias_is_added() -> None:
+    assert sample(LOGITS.unsqueeze(0).clone(), [row(temperature=0.0, logit_bias={3: 50.0})]) == [3]
+
+
+def test_tokens_that_end_are_forbidden_before_min_tokens() -> None:
+    sampler = row(temperature=0.0, min_tokens=2, ends={1})
+    assert [sample(LOGITS.unsqueeze(0).clone(), [sampler])[0] for _ in range(3)] == [4, 4, 1]
+
+
+def test_probability_zero_is_never_drawn() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    sampler = row(seed=5)
+    assert {sample(logits.clone(), [sampler])[0] for _ in range(500)} == {1, 3}
+
+
+def test_logprobs_are_natural_logs_of_the_raw_distribution() -> None:
+    (entry,) = token_logprobs(LOGITS.unsqueeze(0), [2], 2)
+    expected = LOGITS.log_softmax(0)
+    assert entry.logprob == pytest.approx(float(expected[2]))
+    assert [token for token, _ in entry.top] == [1, 4]
+    assert math.exp(entry.top[0][1]) == pytest.approx(float(LOGITS.softmax(0)[1]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -3.0),
+        ("repetition_penalty", 0.0),
+        ("logprobs", 21),
+        ("min_tokens", 1001),
+        ("stop", ("",)),
+        ("stop", tuple("abcdefghijklmnopq")),
+        ("logit_bias", {5: 101.0}),
+    ],
+)
+def test_bad_parameters_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        SamplingParams(max_tokens=1000, **{field: value})  # type: ignore[arg-type]

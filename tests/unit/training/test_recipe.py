@@ -1,0 +1,49 @@
+"""A recipe is read whole or refused by name."""
+
+from pathlib import Path
+
+import pytest
+
+from training.errors import RecipeInvalid
+from training.recipe import read_recipe
+
+GOOD = 'seed = 1\n[stack]\nrank = 4\n[[domains]]\nname = "math"\nfiles = ["math.jsonl"]\n'
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_knows_its_folder_and_the_digest_of_its_text(tmp_path: Path) -> None:
+    recipe = read_recipe(written(tmp_path, GOOD))
+    assert recipe.folder == tmp_path
+    assert recipe.settings.stack.rank == 4
+    assert recipe.settings.domains[0].files == ("math.jsonl",)
+    changed = read_recipe(written(tmp_path, GOOD.replace("seed = 1", "seed = 2")))
+    assert changed.digest != recipe.digest
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (GOOD + "extra = 1\n", "extra"),
+        (GOOD.replace("rank = 4", "rank = 0"), "stack.rank"),
+        (GOOD.replace("rank = 4", "rank = 4\ntop_k = 9"), "top_k 9"),
+        (GOOD + '[[domains]]\nname = "math"\nfiles = ["b"]\n', "math"),
+        ("seed = 1\n", "domains"),
+        ("seed = ", "not TOML"),
+        (GOOD.replace('["math.jsonl"]', "[]"), "files"),
+    ],
+)
+def test_a_bad_recipe_is_refused_by_name(text: str, named: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeInvalid) as caught:
+        read_recipe(written(tmp_path, text))
+    assert named in str(caught.value)
+
+
+def test_the_demo_recipe_is_valid() -> None:
+    recipe = read_recipe(Path(__file__).parents[3] / "demo" / "recipe.toml")
+    assert [d.name for d in recipe.settings.domains] == ["chat", "code", "math", "medical", "reasoning"]
+    assert all((recipe.folder / name).is_file() for d in recipe.settings.domains for name in d.files)

@@ -1,0 +1,50 @@
+"""The command `brainstacks-train`. Knows arguments only: what a command does is imported when it runs."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Trains stacks and the router that mixes them.")
+
+RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", exists=True, dir_okay=False)]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one a core.")]
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option(help="The store to train into; made if it is not there.")],
+    only: Annotated[list[str] | None, typer.Option(help="Train this domain only; may be given several times.")] = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Trains the recipe's domains in order; those that this very recipe trained already are kept."""
+    _settle_threads(threads)
+    from training.commands import run_recipe
+
+    raise typer.Exit(run_recipe(recipe, output, only=only or []))
+
+
+@app.command()
+def router(
+    recipe: RecipeArgument,
+    store: Annotated[Path, typer.Option(help="The store whose domains the router is to know.", file_okay=False)],
+    threads: ThreadsOption = None,
+) -> None:
+    """Trains a router on the recipe's domain labels and makes it the store's router."""
+    _settle_threads(threads)
+    from training.commands import run_router
+
+    raise typer.Exit(run_router(recipe, store))
+
+
+def _settle_threads(threads: int | None) -> None:
+    """Sets OpenMP up before torch is imported: large products, so waiting threads spin only briefly."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads or os.cpu_count() or 1))
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
