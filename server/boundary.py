@@ -4,7 +4,7 @@ import logging
 import re
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -30,6 +30,8 @@ class RequestRecord:
     request_id: str
     status: int = 500
     generation: Generation | None = None
+    began: float = field(default_factory=time.monotonic)
+    is_noted: bool = False
 
 
 def record_of(request: Request) -> RequestRecord:
@@ -53,33 +55,38 @@ class RequestBoundary:
         record = RequestRecord(_request_id(scope))
         scope["brainstacks.record"] = record
         token = request_id_var.set(record.request_id)
-        began = time.monotonic()
         try:
             await self._answer(scope, receive, send, record)
         finally:
-            self._note(scope, record, time.monotonic() - began)
+            self._note(scope, record)
             request_id_var.reset(token)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         started = False
 
-        async def send_with_id(message: Message) -> None:
+        async def send_noted(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
                 record.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = record.request_id
+            elif not message.get("more_body", False):
+                self._note(scope, record)  # first, so that whoever has the answer finds it counted
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, send_noted)
         except Exception as error:  # the HTTP boundary: nothing that a request did may end the server
             logger.exception("request failed")
             record.status = answer_for(error).status
             if not started:
-                await response_to(error)(scope, receive, send_with_id)
+                await response_to(error)(scope, receive, send_noted)
 
-    def _note(self, scope: Scope, record: RequestRecord, seconds: float) -> None:
+    def _note(self, scope: Scope, record: RequestRecord) -> None:
+        """Counts and logs a request once."""
+        if record.is_noted:
+            return
+        record.is_noted = True
         endpoint = getattr(scope.get("route"), "path", UNKNOWN_ENDPOINT)
         self._metrics.requests.labels(endpoint, record.status).inc()
         level = logging.DEBUG if endpoint in QUIET_ENDPOINTS else logging.INFO
@@ -89,7 +96,7 @@ class RequestBoundary:
             scope["method"],
             endpoint,
             record.status,
-            seconds,
+            time.monotonic() - record.began,
             _generation_facts(record.generation),
         )
 

@@ -79,16 +79,13 @@ class StoreAdmin:
         registration = await asyncio.to_thread(
             self._register, name, sources, dry_run=dry_run, expected_generation=expected_generation
         )
-        previous = registration.previous
-        shown = self._shown(registration.entry) | {
-            "generation": registration.generation,
-            "changed": registration.changed,
-            "dry_run": dry_run,
-        }
+        entry, previous = registration.entry, registration.previous
         if registration.changed and not dry_run:
-            logger.info("domain registered name=%s version=%s", name, registration.entry.version)
+            logger.info("domain registered name=%s version=%s", name, entry.version)
             if previous is not None:
-                self._replace(previous, registration.entry)
+                self._replace(previous, entry)
+        shown = _described(entry) if dry_run else self._shown(entry)
+        shown |= {"generation": registration.generation, "changed": registration.changed, "dry_run": dry_run}
         return shown, previous is None
 
     async def remove(self, name: str, *, expected_generation: int | None) -> Json:
@@ -223,11 +220,7 @@ class StoreAdmin:
     def _shown(self, entry: DomainEntry) -> Json:
         want = self._catalog.want(entry)
         cached = self._entries().get(want.key)
-        return {
-            "name": entry.name,
-            "version": entry.version,
-            "stacks": [asdict(stack) for stack in entry.stacks],
-            "bytes": sum(stack.bytes for stack in entry.stacks),
+        return _described(entry) | {
             "resident_bytes": want.bytes,
             "state": "absent" if cached is None else cached.state,
             "leases": 0 if cached is None else cached.leases,
@@ -237,3 +230,13 @@ class StoreAdmin:
     def _shown_router(self) -> Json | None:
         router = self._registry.manifest.router
         return None if router is None else asdict(router)
+
+
+def _described(entry: DomainEntry) -> Json:
+    """What a version is, wherever it is."""
+    return {
+        "name": entry.name,
+        "version": entry.version,
+        "stacks": [asdict(stack) for stack in entry.stacks],
+        "bytes": sum(stack.bytes for stack in entry.stacks),
+    }

@@ -1,6 +1,5 @@
 """Small stand-ins that tests share. Real behaviour in miniature, never a recorded answer."""
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -125,10 +124,10 @@ class ManualClock:
 
 
 class ManualExecutor(Executor):
-    """Runs submitted jobs one by one, in the caller's thread, when told to."""
+    """Runs submitted jobs one by one, in the caller's thread, when told to and in the order told."""
 
     def __init__(self) -> None:
-        self.jobs: deque[Callable[[], Any]] = deque()
+        self.jobs: list[Callable[[], Any]] = []
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         future: Future[T] = Future()
@@ -136,7 +135,12 @@ class ManualExecutor(Executor):
         return future
 
     def run_next(self) -> None:
-        self.jobs.popleft()()
+        self.run(0)
+
+    def run(self, index: int) -> None:
+        """Runs the job that was submitted `index` jobs after the oldest."""
+        job = self.jobs.pop(index)
+        job()
 
     def run_all(self) -> None:
         while self.jobs:

@@ -205,44 +205,48 @@ class ServingStack:
 def serving_stack(
     header: StackHeader, groups: Mapping[GroupKey, GroupTensors], *, dtype: torch.dtype, device: torch.device
 ) -> ServingStack:
-    """A stack file's tensors in the layout and dtype in which they are computed, in one allocation."""
-    memory = _Memory(sum(t.numel() for group in groups.values() for t in (group.a, group.gate, group.b)), dtype, device)
-    shapes = header.geometry.shapes
+    """A stack file's tensors in the layout and dtype in which they are computed, in one allocation.
+
+    On CUDA it is filled in pinned memory and copied at once, in the current stream, which the caller synchronises.
+    """
+    numel = sum(tensor.numel() for group in groups.values() for tensor in (group.a, group.gate, group.b))
+    host = torch.empty(numel, dtype=dtype, pin_memory=device.type == "cuda")
+    for key, group in _carve(host, header).items():
+        _fill(group, groups[key])
     return ServingStack(
         num_experts=header.num_experts,
         rank=header.rank,
         top_k=header.top_k,
         scale=header.scale,
-        groups={
-            (layer, name): _serving_group(tensors, [shapes[projection][1] for projection in INPUT_GROUPS[name]], memory)
-            for (layer, name), tensors in groups.items()
-        },
+        groups=_carve(host.to(device, non_blocking=True), header),
     )
 
 
-class _Memory:
-    """One flat allocation, handed out piece by piece."""
+def _carve(memory: Tensor, header: StackHeader) -> dict[GroupKey, ServingGroup]:
+    """Views of one flat tensor that hold every group of a stack, in paging order."""
+    rank_rows, experts, shapes = header.num_experts * header.rank, header.num_experts, header.geometry.shapes
+    used = 0
 
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._flat = torch.empty(numel, dtype=dtype, device=device)
-        self._used = 0
+    def take(*shape: int) -> Tensor:
+        nonlocal used
+        start, used = used, used + math.prod(shape)
+        return memory[start:used].view(shape)
 
-    def take(self, *shape: int) -> Tensor:
-        """The next piece, uninitialised."""
-        start, self._used = self._used, self._used + math.prod(shape)
-        return self._flat[start : self._used].view(shape)
+    groups: dict[GroupKey, ServingGroup] = {}
+    for layer in range(header.geometry.num_layers):
+        for name, members in INPUT_GROUPS.items():
+            a_and_gate = take(len(members), rank_rows + experts, shapes[members[0]][0])
+            groups[layer, name] = ServingGroup(a_and_gate, tuple(take(rank_rows, shapes[p][1]) for p in members))
+    return groups
 
 
-def _serving_group(tensors: GroupTensors, out_features: list[int], memory: _Memory) -> ServingGroup:
-    p = len(out_features)
-    a = tensors.a.view(p, -1, tensors.a.shape[-1])  # (P, E*R, I)
-    gate = tensors.gate.view(p, -1, tensors.gate.shape[-1])  # (P, E, I)
-    a_and_gate = memory.take(p, a.shape[1] + gate.shape[1], a.shape[2])
-    a_and_gate[:, : a.shape[1]] = a
-    a_and_gate[:, a.shape[1] :] = gate
-    return ServingGroup(
-        a_and_gate, tuple(memory.take(*b.shape).copy_(b) for b in torch.split(tensors.b, out_features, dim=1))
-    )
+def _fill(group: ServingGroup, stored: GroupTensors) -> None:
+    p, rows, _ = group.a_and_gate.shape
+    rank_rows = group.b[0].shape[0]
+    group.a_and_gate[:, :rank_rows] = stored.a.view(p, rank_rows, -1)
+    group.a_and_gate[:, rank_rows:] = stored.gate.view(p, rows - rank_rows, -1)
+    for target, source in zip(group.b, torch.split(stored.b, [b.shape[1] for b in group.b], dim=1), strict=True):
+        target.copy_(source)
 
 
 class StackPack:

@@ -4,6 +4,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from engine.errors import EngineFailed, EngineStopped
-from tests.servers import LiveServer, run_live_server, wait_until
+from tests.servers import WAIT_SECONDS, LiveServer, run_live_server, wait_until
 
 both_ways = pytest.mark.parametrize("stream", [False, True])
 
@@ -20,11 +21,20 @@ both_ways = pytest.mark.parametrize("stream", [False, True])
 def asked(server: LiveServer, text: str = "math=0.9", **fields: Any) -> Iterator[socket.socket]:
     """A client that asks and then waits; it hangs up at the end of the block."""
     body = json.dumps({"messages": [{"role": "user", "content": text}], **fields}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    head = f"host: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     address = urlsplit(server.url)
-    with socket.create_connection((address.hostname, address.port)) as connection:
-        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+    with socket.create_connection((address.hostname, address.port), timeout=WAIT_SECONDS) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n" + head.encode() + body)
         yield connection
+
+
+def read_answer(connection: socket.socket) -> dict[str, Any]:
+    """The whole answer, which must be a good one."""
+    response = HTTPResponse(connection)
+    response.begin()
+    body: dict[str, Any] = json.loads(response.read())
+    assert response.status == 200, body
+    return body
 
 
 def num_499(server: LiveServer) -> float:
