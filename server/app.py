@@ -30,7 +30,8 @@ def create_app(service: Service, store_admin: StoreAdmin, settings: Settings) ->
             await store_admin.close()
             service.catalog.cache.close()
 
-    app = FastAPI(title="Brainstacks", lifespan=lifespan, redirect_slashes=False)
+    # The interactive documentation would load its scripts from another host; /openapi.json stays.
+    app = FastAPI(title="Brainstacks", lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.state.service = service
     app.state.store_admin = store_admin
     app.state.settings = settings

@@ -39,7 +39,7 @@ def run_bench(plan: BenchPlan, on_answer: Callable[[], None]) -> dict[str, Any]:
     """The figures of a run, with the settings that made them. `on_answer` is called after every request."""
     began = time.monotonic()
     samples = asyncio.run(_run_clients(plan, on_answer))
-    return _figures(plan, samples, time.monotonic() - began)
+    return figures_of(plan, samples, time.monotonic() - began)
 
 
 async def _run_clients(plan: BenchPlan, on_answer: Callable[[], None]) -> list[Sample]:
@@ -90,7 +90,7 @@ async def _ask(http: httpx.AsyncClient, plan: BenchPlan) -> Sample:
     return Sample((first or ended) - began, ended - began, tokens)
 
 
-def _figures(plan: BenchPlan, samples: Sequence[Sample], seconds: float) -> dict[str, Any]:
+def figures_of(plan: BenchPlan, samples: Sequence[Sample], seconds: float) -> dict[str, Any]:
     tokens = sum(sample.completion_tokens for sample in samples)
     decode = [
         (sample.seconds - sample.first_token_seconds) / (sample.completion_tokens - 1)

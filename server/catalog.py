@@ -14,7 +14,7 @@ import torch
 from engine.slots import ResidentDomain
 from server.mixes import MixChoice
 from stack_store.cache import Lease, ResidentCache, Want, release_when_granted
-from stack_store.errors import DomainNotFound, LoadFailed, MixTooLarge
+from stack_store.errors import DomainNotFound, LoadFailed, MixTooLarge, StoreError
 from stack_store.manifest import DomainEntry
 from stack_store.registry import StackRegistry
 
@@ -79,8 +79,20 @@ class Catalog:
         return [entry.name for entry in self.registry.manifest.domains]
 
     def want(self, entry: DomainEntry) -> Want:
-        """What the cache is asked for. Reads stack headers at the first time."""
-        return Want(self.versions.key(entry), self.registry.resident_bytes(entry, self.dtype))
+        """What the cache is asked for. Reads stack headers at the first time; LoadFailed if they cannot be read."""
+        try:
+            num_bytes = self.registry.resident_bytes(entry, self.dtype)
+        except (StoreError, OSError) as error:
+            raise LoadFailed(f"domain {entry.name!r} cannot be read: {error}") from error
+        return Want(self.versions.key(entry), num_bytes)
+
+    def read_headers(self) -> None:
+        """Reads what later calls need to know of the domains. One that is damaged is logged: the others still serve."""
+        for entry in self.registry.manifest.domains:
+            try:
+                self.want(entry)
+            except LoadFailed as error:
+                logger.error("domain damaged name=%s version=%s error=%s", entry.name, entry.version, error)
 
     def weights_of(self, choice: MixChoice, routed: Mapping[str, float]) -> dict[str, float]:
         """The weights to lease. DomainNotFound for an unknown domain that a request named itself.
@@ -108,8 +120,8 @@ class Catalog:
             entries = self._entries(active, adaptable=adaptable)
             if not entries:
                 return LeasedMix(dropped=dropped)
-            wants = [self.want(entry) for entry in entries]
             try:
+                wants = [self.want(entry) for entry in entries]
                 lease = await claim_lease(self.cache.lease(wants))
             except MixTooLarge:
                 if not adaptable:

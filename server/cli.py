@@ -1,6 +1,7 @@
 """The `brainstacks` command. Knows options and how answers look in a terminal.
 
-Each command imports what it needs itself, so that `--help` answers at once.
+Each command imports what it needs itself, so that `--help` answers at once. Longer than most files because it is the
+list of all options.
 """
 
 import json
@@ -90,8 +91,8 @@ def chat(
     fields: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     if mix:
         fields["brainstacks"] = {"mix": _parse_mix(mix)}
-    with _told_plainly():
-        run_chat(_client(url, config, api_key=api_key), fields)
+    with _told_plainly(), _client(url, config, api_key=api_key) as client:
+        run_chat(client, fields)
 
 
 @app.command()
@@ -106,8 +107,8 @@ def route(
     from rich.console import Console
     from rich.table import Table
 
-    with _told_plainly():
-        answer = _client(url, config, api_key=api_key).route(text)
+    with _told_plainly(), _client(url, config, api_key=api_key) as client:
+        answer = client.route(text)
     if as_json:
         typer.echo(json.dumps(answer))
         return
@@ -125,11 +126,11 @@ def list_stacks(url: UrlOption = None, admin_key: AdminKeyOption = None, config:
     from rich.filesize import decimal
     from rich.table import Table
 
-    with _told_plainly():
-        answer = _client(url, config, admin_key=admin_key).domains()
+    with _told_plainly(), _client(url, config, admin_key=admin_key) as client:
+        answer = client.domains()
     table = Table("domain", "version", "rounds", "on disk", "resident", "state", "leases", "pinned")
     for domain in answer["domains"]:
-        sizes = decimal(domain["bytes"]), decimal(domain["resident_bytes"])
+        sizes = decimal(domain["bytes"]), decimal(domain["resident_bytes"] or 0)
         pinned = "yes" if domain["pinned"] else ""
         rounds, leases = str(len(domain["stacks"])), str(domain["leases"])
         table.add_row(domain["name"], domain["version"], rounds, *sizes, domain["state"], leases, pinned)
@@ -139,8 +140,8 @@ def list_stacks(url: UrlOption = None, admin_key: AdminKeyOption = None, config:
 @stacks_app.command("show")
 def show_stack(name: str, url: UrlOption = None, admin_key: AdminKeyOption = None, config: ConfigOption = None) -> None:
     """Show one domain as JSON."""
-    with _told_plainly():
-        typer.echo(json.dumps(_client(url, config, admin_key=admin_key).domain(name), indent=2))
+    with _told_plainly(), _client(url, config, admin_key=admin_key) as client:
+        typer.echo(json.dumps(client.domain(name), indent=2))
 
 
 @stacks_app.command("verify")
@@ -187,8 +188,8 @@ def push_stacks(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with _told_plainly(), Progress(*columns, console=Console(stderr=True)) as progress:
-        client = _client(url, config, admin_key=admin_key)
+    progress = Progress(*columns, console=Console(stderr=True))
+    with _told_plainly(), _client(url, config, admin_key=admin_key) as client, progress:
         digests = []
         for file in files:
             task = progress.add_task(file.name, total=file.stat().st_size)
@@ -202,8 +203,8 @@ def remove_stacks(
     name: str, url: UrlOption = None, admin_key: AdminKeyOption = None, config: ConfigOption = None
 ) -> None:
     """Delete a domain; requests that use it finish."""
-    with _told_plainly():
-        typer.echo(json.dumps(_client(url, config, admin_key=admin_key).remove(name), indent=2))
+    with _told_plainly(), _client(url, config, admin_key=admin_key) as client:
+        typer.echo(json.dumps(client.remove(name), indent=2))
 
 
 @app.command()
@@ -263,12 +264,17 @@ def _address(url: str | None, config: Path | None, api_key: str | None) -> tuple
     return url or f"http://{server.host}:{server.port}", api_key or next(iter(server.api_keys), None)
 
 
-def _client(url: str | None, config: Path | None, *, api_key: str | None = None, admin_key: str | None = None) -> Any:
+@contextmanager
+def _client(
+    url: str | None, config: Path | None, *, api_key: str | None = None, admin_key: str | None = None
+) -> Iterator[Any]:
+    """A ServerClient: not named as a type, because its module is imported only here."""
     from server.client import ServerClient
     from server.config import load_settings
 
     address, key = _address(url, config, api_key)
-    return ServerClient(address, api_key=key, admin_key=admin_key or load_settings(config).server.admin_key)
+    with ServerClient(address, api_key=key, admin_key=admin_key or load_settings(config).server.admin_key) as client:
+        yield client
 
 
 if __name__ == "__main__":

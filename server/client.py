@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
@@ -23,6 +23,12 @@ class ServerClient:
         self._http = httpx.Client(base_url=url, timeout=TIMEOUT)
         self._api = _bearer(api_key)
         self._admin = _bearer(admin_key)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
 
     def stream_chat(self, messages: Sequence[Mapping[str, str]], **fields: Any) -> Iterator[Json]:
         """The chunks of a streamed answer."""

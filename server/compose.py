@@ -6,6 +6,7 @@ Everything heavy is imported here, so the command line imports this module after
 import copy
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +31,7 @@ from server.metrics import ServerMetrics
 from server.prompts import PromptReader
 from server.routing import Routing
 from server.service import Service
+from server.sources import Sources
 from server.store_admin import StoreAdmin
 from server.token_text import TokenText
 from stack_store.cache import ResidentCache
@@ -66,11 +68,12 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
     cache = ResidentCache[ResidentDomain](
         budget_bytes=budget_bytes,
         load=lambda key: load_domain(registry, versions.entry(key), dtype=base.dtype, device=base.device),
-        num_loaders=settings.store.loader_threads,
         observer=metrics,
+        executor=_loaders(settings.store.loader_threads),
     )
     metrics.cache_budget.labels("device").set(budget_bytes)
     catalog = Catalog(registry, cache, versions, dtype=base.dtype)
+    catalog.read_headers()
     routing = _make_routing(engine, base, registry)
     service = Service(
         engine=engine,
@@ -83,13 +86,9 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
         admission=Admission(limit=settings.engine.max_batch_rows + settings.server.max_queue),
         served_name=settings.server.served_model_name or base.model_id,
     )
-    store_admin = StoreAdmin(
-        catalog,
-        routing,
-        BlobStore(settings.store.path / UPLOADS_FOLDER, max_bytes=settings.server.max_upload_bytes),
-        import_root=settings.store.import_root,
-        budget_bytes=budget_bytes,
-    )
+    uploads = BlobStore(settings.store.path / UPLOADS_FOLDER, max_bytes=settings.server.max_upload_bytes)
+    sources = Sources(registry, uploads, import_root=settings.store.import_root)
+    store_admin = StoreAdmin(catalog, routing, sources, budget_bytes=budget_bytes)
     logger.info(
         "server composed model=%s store=%s domains=%s router=%s device_budget_bytes=%d threads=%d",
         service.served_name,
@@ -108,6 +107,11 @@ def _version() -> str:
         return version("brainstacks")
     except PackageNotFoundError:
         return "uninstalled"
+
+
+def _loaders(count: int) -> ThreadPoolExecutor:
+    """Each with one thread for its own tensor work: a team a loader would fight the engine's team for the cores."""
+    return ThreadPoolExecutor(count, thread_name_prefix="stack-loader", initializer=partial(torch.set_num_threads, 1))
 
 
 def _open_store(path: Path, base: Base) -> StackRegistry:

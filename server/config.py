@@ -34,8 +34,10 @@ class ServerSettings(_Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    api_keys: Annotated[list[str], NoDecode] = Field(default=[], description="empty: no key is asked for")
-    admin_key: str | None = Field(default=None, min_length=1, description="without one the admin API is off")
+    api_keys: Annotated[list[str], NoDecode] = Field(default=[], repr=False, description="empty: no key is asked for")
+    admin_key: str | None = Field(
+        default=None, min_length=1, repr=False, description="without one the admin API is off"
+    )
     served_model_name: str | None = Field(default=None, description="default: the base's own id")
     max_queue: int = Field(default=256, ge=0, description="sequences that may wait beside the running ones")
     max_body_bytes: int = Field(default=8 * MIB, ge=1, description="of a JSON request")
@@ -149,7 +151,7 @@ def _has_key(section: object, key: str) -> bool:
 def _describe(error: ValidationError) -> Iterator[str]:
     for fault in error.errors():
         name = ".".join(str(part) for part in fault["loc"])
-        shown = "" if fault["type"] == "extra_forbidden" else f", got {fault['input']!r}"
+        shown = "" if fault["type"] == "extra_forbidden" or "key" in name else f", got {fault['input']!r}"
         message = "unknown setting" if fault["type"] == "extra_forbidden" else fault["msg"]
         yield f"{name}: {message}{shown}"
 

@@ -1,5 +1,6 @@
 """Shapes every error as OpenAI's clients expect it. Knows the table of errors.py, not who raised what."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from engine.errors import EngineError
 from router.errors import RouterError
 from server.errors import ApiError, ServerError, answer_for, is_listed
 from stack_store.errors import StoreError
+
+logger = logging.getLogger(__name__)
 
 MAX_SHOWN_FAULTS = 5
 
@@ -61,6 +64,8 @@ def install_handlers(app: FastAPI) -> None:
 
 
 async def _listed(request: Request, error: Exception) -> Response:
+    if answer_for(error).status == 500:
+        logger.error("request failed", exc_info=error)
     return response_to(error)
 
 

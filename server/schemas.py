@@ -1,7 +1,8 @@
 """The requests of the OpenAI endpoints: names, types and bounds of their fields. Knows no tokens, models or domains.
 
 Unknown fields are tolerated, since clients send many; a known field with a bad value is refused by name, and a known
-field that asks for what cannot be done here is refused as unsupported instead of being ignored.
+field that asks for what cannot be done here is refused as unsupported instead of being ignored. Longer than most files
+because the API has that many fields.
 """
 
 from typing import Annotated, Any, Literal, Self

@@ -1,7 +1,6 @@
 """Takes a request from its fields to a running generation: choose, admit, route, lease. Knows every part, no HTTP."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,8 +19,6 @@ from server.prompts import Prompt, PromptReader
 from server.routing import NO_ROUTE, Routing
 from server.schemas import MixRequest
 from server.token_text import TokenText
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,51 +1,43 @@
-"""Changes and shows the store while requests run. Knows registry, cache, uploads and the live router; no HTTP.
+"""Changes and shows the store while requests run. Knows registry, cache, sources and the live router; no HTTP.
+
+Longer than most files because a change takes the same care in every step: files, manifest, memory, then the old files.
 
 Lives on the event loop; whatever touches files runs in a thread. A version that is replaced or deleted leaves the
 manifest first, then device memory when its last lease ends, then the disk.
 """
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict
-from io import BufferedReader
-from pathlib import Path
 from typing import Any
 
 from server.admin_schemas import FileSource
 from server.catalog import Catalog
-from server.errors import ImportDisabled
 from server.ports import RouterPort
 from server.routing import Routing
+from server.sources import Sources
 from stack_store.cache import CacheEntrySnapshot
-from stack_store.errors import UploadNotFound
-from stack_store.import_path import open_import
+from stack_store.errors import LoadFailed
 from stack_store.manifest import DomainEntry
 from stack_store.registry import Registration
-from stack_store.uploads import BlobStore
 
 logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
-COPY_BYTES = 1024 * 1024
-
 
 class StoreAdmin:
     """What the admin routes call."""
 
-    def __init__(
-        self, catalog: Catalog, routing: Routing, uploads: BlobStore, *, import_root: Path | None, budget_bytes: int
-    ) -> None:
-        self.uploads = uploads
+    def __init__(self, catalog: Catalog, routing: Routing, sources: Sources, *, budget_bytes: int) -> None:
+        self.sources = sources
         self._catalog = catalog
         self._registry = catalog.registry
         self._cache = catalog.cache
         self._routing = routing
-        self._import_root = import_root
         self._budget_bytes = budget_bytes
         self._retirements: set[asyncio.Task[int]] = set()
 
@@ -128,23 +120,12 @@ class StoreAdmin:
         await asyncio.gather(*self._retirements, return_exceptions=True)
 
     def _install_router(self, source: FileSource, expected_generation: int | None) -> RouterPort:
-        digest = source.sha256 or self._adopt_import(source)
-        path = self.uploads.blob_path(digest)  # ours alone, so what is checked is what is installed
+        digest = self.sources.adopt(source)
+        path = self.sources.uploads.blob_path(digest)
         router = self._routing.load(path)
         self._registry.set_router(path, expected_generation=expected_generation)
-        self.uploads.remove(digest)
+        self.sources.uploads.remove(digest)
         return router
-
-    def _adopt_import(self, source: FileSource) -> str:
-        """Copies an import among the uploads; its digest."""
-        with self._open_import(source) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            with self.uploads.receive(digest) as writer:
-                while chunk := file.read(COPY_BYTES):
-                    writer.write(chunk)
-                writer.commit()
-        return digest
 
     def _register(
         self, name: str, sources: Sequence[FileSource], *, dry_run: bool, expected_generation: int | None
@@ -152,7 +133,7 @@ class StoreAdmin:
         with ExitStack() as opened:
             registration = self._registry.register_domain(
                 name,
-                [self._open(source, opened) for source in sources],
+                [self.sources.open(source, opened) for source in sources],
                 expected_generation=expected_generation,
                 dry_run=dry_run,
                 max_resident_bytes=self._budget_bytes,
@@ -160,28 +141,9 @@ class StoreAdmin:
             )
         if not dry_run:
             for source in sources:
-                if source.sha256 is not None:
-                    self.uploads.remove(source.sha256)
+                self.sources.forget(source)
             self._catalog.want(registration.entry)  # reads the headers here, not on the event loop
         return registration
-
-    def _open(self, source: FileSource, opened: ExitStack) -> Path | BufferedReader:
-        if source.sha256 is None:
-            return opened.enter_context(self._open_import(source))
-        try:
-            return self.uploads.blob_path(source.sha256)
-        except UploadNotFound:  # an upload is removed once it is registered; the same call again must still succeed
-            for domain in self._registry.manifest.domains:
-                for stack in domain.stacks:
-                    if stack.digest == source.sha256:
-                        return self._registry.stack_path(stack)
-            raise
-
-    def _open_import(self, source: FileSource) -> BufferedReader:
-        assert source.path is not None
-        if self._import_root is None:
-            raise ImportDisabled("store.import_root is not set, so files can only be uploaded", param="path")
-        return open_import(self._import_root, source.path)
 
     def _replace(self, previous: DomainEntry, entry: DomainEntry) -> None:
         """The new version is pinned if the old one was; the old one goes when its last lease ends."""
@@ -218,11 +180,16 @@ class StoreAdmin:
         return {entry.key: entry for entry in self._cache.snapshot().entries}
 
     def _shown(self, entry: DomainEntry) -> Json:
-        want = self._catalog.want(entry)
+        """`state` is absent, loading, resident, or damaged: then its files cannot be read."""
+        try:
+            want = self._catalog.want(entry)
+        except LoadFailed as error:
+            damaged = {"state": "damaged", "error": str(error)}
+            return _described(entry) | damaged | {"resident_bytes": None, "leases": 0, "pinned": False}
         cached = self._entries().get(want.key)
         return _described(entry) | {
-            "resident_bytes": want.bytes,
             "state": "absent" if cached is None else cached.state,
+            "resident_bytes": want.bytes,
             "leases": 0 if cached is None else cached.leases,
             "pinned": cached is not None and cached.pinned,
         }

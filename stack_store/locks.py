@@ -1,4 +1,4 @@
-"""Keeps processes that use one folder out of each other's way. Knows flock, not what the folder holds.
+"""Keeps those who use one folder out of each other's way. Knows flock, not what the folder holds.
 
 The kernel frees these locks when their process dies, however it dies, so none is ever left behind.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextmanager
 def exclusive_folder(path: Path) -> Iterator[None]:
-    """Within the block, nobody else is in such a block for this folder, in this process or another."""
+    """Within the block, nobody else is in such a block for this folder, no other process and no other thread."""
     descriptor = _open_folder(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

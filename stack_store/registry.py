@@ -2,13 +2,12 @@
 
 Longer than most files because the order of its writes is the promise: a crash leaves the old store or the new one.
 
-Writers hold the lock of the store's folder, so that processes take turns. Whoever has the store open holds a share of
-its `domains` folder; the first to open it removes what a crash left, because then nobody can be about to use it.
+Writers hold the lock of the store's folder, so that threads and processes take turns. Whoever has the store open holds
+a share of its `domains` folder; the first to open it removes what a crash left, since nobody can be about to use it.
 """
 
 import logging
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -82,7 +81,6 @@ class StackRegistry:
     def __init__(self, path: Path) -> None:
         """Use create or open."""
         self.path = path
-        self._lock = threading.Lock()
         self._headers: dict[str, StackHeader] = {}
         self._share = FolderShare(path / "domains", when_alone=self._remove_leftovers)
         self._manifest = read_manifest(path / MANIFEST)
@@ -163,20 +161,20 @@ class StackRegistry:
         """
         require_domain_name(name)
         with self._writing(expected_generation) as manifest, ExitStack() as cleanup:
-            stacks = [_open_source(source, cleanup) for source in sources]
-            headers = [stack.header for stack in stacks]
+            opened = [_open_source(source, cleanup) for source in sources]
+            headers = [file.header for file in opened]
             _require_rounds(name, headers)
-            for stack in stacks:
-                _require_base(stack.name, stack.header.base_fingerprint, manifest.base_fingerprint)
-                _require_geometry(stack.name, stack.header.geometry, manifest.geometry)
+            for file in opened:
+                _require_base(file.name, file.header.base_fingerprint, manifest.base_fingerprint)
+                _require_geometry(file.name, file.header.geometry, manifest.geometry)
             if max_resident_bytes is not None:
                 _require_room(name, sum(resident_bytes(header, dtype) for header in headers), max_resident_bytes)
-            staged = [] if dry_run else [cleanup.enter_context(staged_file(self.path / "domains")) for _ in stacks]
-            entry = DomainEntry(name, tuple(_verify_rounds(name, stacks, staged)))
+            copies = [] if dry_run else [cleanup.enter_context(staged_file(self.path / "domains")) for _ in opened]
+            entry = DomainEntry(name, tuple(_verify_rounds(name, opened, copies)))
             changed = replace(manifest, domains=_with_domain(manifest, entry))
             if not dry_run:
-                for round, file in zip(entry.stacks, staged, strict=True):
-                    self._commit(file, round.file)
+                for stack, copy in zip(entry.stacks, copies, strict=True):
+                    self._commit(copy, stack.file)
                 self._publish(changed)
             return Registration(
                 entry=entry,
@@ -219,7 +217,7 @@ class StackRegistry:
 
     @contextmanager
     def _writing(self, expected_generation: int | None) -> Iterator[Manifest]:
-        with self._lock, exclusive_folder(self.path):
+        with exclusive_folder(self.path):
             self._manifest = read_manifest(self.path / MANIFEST)  # another process may have written it
             if expected_generation not in (None, self._manifest.generation):
                 raise GenerationConflict(expected=expected_generation, current=self._manifest.generation)
@@ -262,11 +260,10 @@ def _open_source(source: Source, cleanup: ExitStack) -> OpenStack:
     return OpenStack(file, name=str(file.name))
 
 
-def _verify_rounds(name: str, stacks: Sequence[OpenStack], staged: Sequence[StagedFile]) -> Iterator[StackEntry]:
-    """Reads every byte of the stacks, into the staged files if there are any."""
-    for index, stack in enumerate(stacks):
-        digest = stack.verify(copy_to=staged[index].file if staged else None)
-        round = stack.header.round
+def _verify_rounds(name: str, opened: Sequence[OpenStack], copies: Sequence[StagedFile]) -> Iterator[StackEntry]:
+    """Reads every byte of the stacks, and writes it to their copies if there are any."""
+    for round, stack in enumerate(opened, start=1):
+        digest = stack.verify(copy_to=copies[round - 1].file if copies else None)
         yield StackEntry(digest=digest, file=stack_file(name, round, digest), bytes=stack.num_bytes, round=round)
 
 

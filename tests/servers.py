@@ -44,6 +44,7 @@ from server.metrics import ServerMetrics
 from server.prompts import PromptReader
 from server.routing import Routing
 from server.service import Service
+from server.sources import Sources
 from server.store_admin import StoreAdmin
 from server.token_text import TokenText
 from stack_store.cache import ResidentCache
@@ -315,10 +316,9 @@ def run_live_server(
         served_name="tiny",
     )
     blobs = BlobStore(folder / "store" / "uploads", max_bytes=chosen.server.max_upload_bytes)
-    store_admin = StoreAdmin(
-        catalog, routing, blobs, import_root=folder / "import" if has_import_root else None, budget_bytes=budget_bytes
-    )
-    with _serve(create_app(service, store_admin, chosen)) as url:
+    sources = Sources(registry, blobs, import_root=folder / "import" if has_import_root else None)
+    store_admin = StoreAdmin(catalog, routing, sources, budget_bytes=budget_bytes)
+    with serve_app(create_app(service, store_admin, chosen)) as url:
         yield LiveServer(url, engine, router, service, registry, cache, folder / "import", may_load, routers)
         may_load.set()
     blobs.close()
@@ -326,7 +326,8 @@ def run_live_server(
 
 
 @contextmanager
-def _serve(app: Any) -> Iterator[str]:
+def serve_app(app: Any) -> Iterator[str]:
+    """Its address, while a real HTTP server runs it in a thread."""
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="uvicorn")

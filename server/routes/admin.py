@@ -73,7 +73,7 @@ async def show_cache(request: Request) -> dict[str, Any]:
 async def upload_blob(request: Request, sha256: Annotated[Sha256, Path()]) -> dict[str, Any]:
     """Receives one file; it is kept only if its digest is the one that was promised."""
     num_bytes = 0
-    with await asyncio.to_thread(store_admin_of(request).uploads.receive, sha256) as writer:
+    with await asyncio.to_thread(store_admin_of(request).sources.uploads.receive, sha256) as writer:
         buffer = bytearray()
         async for chunk in request.stream():
             buffer += chunk

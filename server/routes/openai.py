@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from server.access import ApiRoute
-from server.answers import AnswerShape, ChatShape, CompletionShape, EchoedPrompt, collect_answer
+from server.answers import AnswerShape, collect_answer
 from server.app_state import service_of, settings_of
 from server.boundary import record_of
 from server.disconnect import run_for_client
@@ -23,6 +23,7 @@ from server.schemas import (
     TokenizeRequest,
 )
 from server.service import Job, Service
+from server.shapes import ChatShape, CompletionShape, EchoedPrompt
 from server.streams import AnswerStream
 
 MIX_HEADER = "x-brainstacks-mix"

@@ -18,13 +18,15 @@ both_ways = pytest.mark.parametrize("stream", [False, True])
 
 
 @contextmanager
-def asked(server: LiveServer, text: str = "math=0.9", **fields: Any) -> Iterator[socket.socket]:
+def asked(
+    server: LiveServer, text: str = "math=0.9", *, request_id: str = "", **fields: Any
+) -> Iterator[socket.socket]:
     """A client that asks and then waits; it hangs up at the end of the block."""
     body = json.dumps({"messages": [{"role": "user", "content": text}], **fields}).encode()
-    head = f"host: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"x-request-id: {request_id}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port), timeout=WAIT_SECONDS) as connection:
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n" + head.encode() + body)
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n" + head.encode() + body)
         yield connection
 
 
@@ -141,13 +143,12 @@ def test_answered_request_frees_everything(server: LiveServer, stream: bool) -> 
 
 def test_requests_with_one_client_id_are_not_mistaken_for_each_other(server: LiveServer) -> None:
     server.engine.may_decode.clear()
-    with server.client() as client:
-        client.headers["x-request-id"] = "same"
-        for _ in range(2):
-            with asked(server):
-                pass
-    with asked(server):
-        wait_until(lambda: len({r.request_id for r in server.engine.submitted}) >= 1, what="the engine has one")
+    with asked(server, request_id="same") as stays:
+        with asked(server, request_id="same"):
+            wait_until(lambda: server.engine.num_sent() == 2, what="both have their first token")
+        wait_until(lambda: num_499(server) == 1, what="one has ended")
+        server.engine.may_decode.set()
+        assert read_answer(stays)["choices"][0]["finish_reason"] == "stop"
     assert_nothing_is_left(server)
 
 

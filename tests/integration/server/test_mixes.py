@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration.server.conftest import ADMIN_KEY
 from tests.servers import LiveServer, run_live_server, wait_until
 
 
@@ -132,6 +133,15 @@ def test_domain_whose_file_is_damaged_fails_alone(server: LiveServer) -> None:
     assert failed.json()["error"]["code"] == "load_failed"
     assert int(failed.headers["retry-after"]) > 0
     assert server.chat(model="tiny:code").status_code == 200
+
+
+def test_domain_whose_file_is_gone_fails_alone(server: LiveServer) -> None:
+    server.registry.stack_path(server.registry.domain("math").stacks[0]).unlink()
+    assert server.chat(model="tiny:math").json()["error"]["code"] == "load_failed"
+    assert server.chat(model="tiny:code").status_code == 200
+    with server.client(ADMIN_KEY) as client:
+        shown = {domain["name"]: domain["state"] for domain in client.get("/admin/domains").json()["domains"]}
+    assert (shown["math"], shown["chat"]) == ("damaged", "absent")
 
 
 def test_route_endpoint_generates_nothing(server: LiveServer) -> None:

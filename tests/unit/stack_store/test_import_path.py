@@ -13,13 +13,14 @@ from stack_store.import_path import open_import, resolve_import
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """imports/good, imports/folder/inner, and beside it imports-sibling/secret."""
+    """imports/good, imports/folder/inner, and beside it imports-sibling with secrets."""
     root = tmp_path / "imports"
     (root / "folder").mkdir(parents=True)
     (root / "good").write_text("good")
     (root / "folder" / "inner").write_text("inner")
     (tmp_path / "imports-sibling").mkdir()
     (tmp_path / "imports-sibling" / "secret").write_text("secret")
+    (tmp_path / "imports-sibling" / "inner").write_text("a secret by the name of a file under the root")
     return root
 
 

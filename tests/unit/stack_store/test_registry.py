@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from io import BufferedReader, FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -220,14 +221,31 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(registry: StackRegistry
     before = list_store(registry.path)
 
     class ShrinkingFile(BufferedReader):
-        def readinto(self, buffer: object, /) -> int:
+        def readinto(self, buffer: Any, /) -> int:
             with source.open("r+b") as file:
                 file.truncate(20_000)
-            return super().readinto(buffer)  # type: ignore[arg-type]
+            return super().readinto(buffer)
 
     with ShrinkingFile(FileIO(source)) as file, pytest.raises(StackInvalid, match="it shrank while tensor"):
         registry.register_domain("math", [file])
     assert list_store(registry.path) == before
+
+
+def test_a_file_is_registered_a_chunk_at_a_time(tmp_path: Path) -> None:
+    geometry = tiny_geometry(num_layers=1, hidden=8, intermediate=100_000)
+    registry = StackRegistry.create(tmp_path / "wide", base_fingerprint="tiny-base", geometry=geometry)
+    source, chunks = tmp_path / "math", []
+    write_random_stack(source, tiny_header(geometry=geometry))
+
+    class WatchedFile(BufferedReader):
+        def readinto(self, buffer: Any, /) -> int:
+            chunks.append(len(buffer))
+            return super().readinto(buffer)
+
+    with WatchedFile(FileIO(source)) as file:
+        entry = registry.register_domain("math", [file]).entry
+    assert max(chunks) <= 1 << 20 < source.stat().st_size // 4
+    assert registry.stack_path(entry.stacks[0]).read_bytes() == source.read_bytes()
 
 
 def test_a_store_of_another_base_is_not_opened(registry: StackRegistry) -> None:

@@ -1,0 +1,106 @@
+"""Shapes what the engine says as OpenAI's two kinds of answer, whole or in chunks. Knows JSON, not how tokens come.
+
+Both classes are an AnswerShape: `opening`, `prompt`, `tokens` and `finish` make the choices of chunks, `choice` makes
+a whole one. Every chunk of a stream has the same id and time.
+"""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.types import FinishedEvent, PromptEvent, TokenLogprob, TokensEvent
+from server.answers import CollectedChoice, Json
+from server.logprobs import CompletionLogprobs, chat_logprobs
+from server.token_text import TokenText
+
+
+class ChatShape:
+    """/v1/chat/completions."""
+
+    def __init__(self, *, model: str, wants_logprobs: bool, text: TokenText) -> None:
+        self._envelope = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._wants_logprobs = wants_logprobs
+        self._text = text
+
+    def envelope(self, *, chunk: bool) -> Json:
+        return self._envelope | {"object": "chat.completion.chunk" if chunk else "chat.completion"}
+
+    def opening(self, index: int) -> Json:
+        return self._chunk(index, {"role": "assistant", "content": ""})
+
+    def prompt(self, index: int, event: PromptEvent) -> None:
+        return None
+
+    def tokens(self, index: int, event: TokensEvent) -> Json | None:
+        if not event.text and not (self._wants_logprobs and event.logprobs):
+            return None
+        return self._chunk(index, {"content": event.text}, event.logprobs)
+
+    def finish(self, index: int, event: FinishedEvent) -> Json:
+        return self._chunk(index, {}) | {"finish_reason": event.reason}
+
+    def choice(self, index: int, collected: CollectedChoice) -> Json:
+        message = {"role": "assistant", "content": collected.text, "refusal": None}
+        logprobs = chat_logprobs(collected.logprobs, self._text) if self._wants_logprobs else None
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": collected.finish_reason}
+
+    def _chunk(self, index: int, delta: Json, tokens: Sequence[TokenLogprob] = ()) -> Json:
+        logprobs = chat_logprobs(tokens, self._text) if self._wants_logprobs and tokens else None
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+@dataclass(frozen=True, slots=True)
+class EchoedPrompt:
+    """What an echo repeats."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class CompletionShape:
+    """/v1/completions. `echoes` has one entry a choice, or none when nothing is echoed."""
+
+    def __init__(
+        self, *, model: str, wants_logprobs: bool, text: TokenText, echoes: Sequence[EchoedPrompt] | None = None
+    ) -> None:
+        self._envelope = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._wants_logprobs = wants_logprobs
+        self._text = text
+        self._echoes = echoes
+        self._logprobs: dict[int, CompletionLogprobs] = {}
+
+    def envelope(self, *, chunk: bool) -> Json:
+        return self._envelope | {"object": "text_completion"}
+
+    def opening(self, index: int) -> None:
+        return None
+
+    def prompt(self, index: int, event: PromptEvent) -> Json | None:
+        if self._echoes is None:
+            return None
+        echo = self._echoes[index]
+        return self._part(index, echo.text, list(zip(echo.token_ids, event.prompt_logprobs or (), strict=False)))
+
+    def tokens(self, index: int, event: TokensEvent) -> Json | None:
+        if not event.text and not (self._wants_logprobs and event.logprobs):
+            return None
+        return self._part(index, event.text, [(logprob.token_id, logprob) for logprob in event.logprobs])
+
+    def finish(self, index: int, event: FinishedEvent) -> Json:
+        return self._part(index, "", []) | {"finish_reason": event.reason, "logprobs": None}
+
+    def choice(self, index: int, collected: CollectedChoice) -> Json:
+        tokens: list[tuple[int, TokenLogprob | None]] = [(logprob.token_id, logprob) for logprob in collected.logprobs]
+        text = collected.text
+        if self._echoes is not None:
+            echo = self._echoes[index]
+            tokens = [*zip(echo.token_ids, collected.prompt_logprobs or (), strict=False), *tokens]
+            text = echo.text + text
+        return self._part(index, text, tokens) | {"finish_reason": collected.finish_reason}
+
+    def _part(self, index: int, text: str, tokens: Sequence[tuple[int, TokenLogprob | None]]) -> Json:
+        logprobs = None
+        if self._wants_logprobs:
+            logprobs = self._logprobs.setdefault(index, CompletionLogprobs(self._text)).show(tokens)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}

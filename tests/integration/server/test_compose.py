@@ -1,0 +1,131 @@
+"""The real parts put together: a tiny random base, trained nothing, on a store that is made at the first start."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from engine.model.base import Base, load_base
+from engine.model.moe_lora import MoeLoraConfig
+from router.checkpoint import RouterCheckpoint
+from router.features import FeatureSettings
+from router.network import MetaRouter
+from router.policy import RoutingPolicy
+from server.compose import compose_app_for
+from server.config import Settings, load_settings
+from server.errors import ConfigInvalid
+from stack_store.errors import StackIncompatible
+from stack_store.format import pack_groups, write_stack
+from stack_store.registry import StackRegistry
+from tests.fakes import tiny_geometry
+from tests.servers import serve_app
+from tests.stacks import header_for, random_projections
+
+CONFIG = MoeLoraConfig(num_experts=4, rank=4, top_k=2, alpha=8.0)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base_folder: Callable[[str], Path]) -> Base:
+    return load_base(str(tiny_base_folder("llama")), base_format="dense", dtype="float32", device="cpu")
+
+
+def settings_for(folder: Path, **engine: object) -> Settings:
+    """Small, with an admin key and an import root."""
+    return load_settings(
+        flags={
+            "server": {"admin_key": "k", "served_model_name": "tiny"},
+            "engine": {"max_model_len": 256, "kv_cache_tokens": 1024, **engine},
+            "store": {"path": folder / "store", "import_root": folder, "device_budget_bytes": 10**8},
+        }
+    )
+
+
+def write_domain(folder: Path, base: Base, domain: str, *, seed: int) -> str:
+    """A stack that changes what the base says; its file name."""
+    header = header_for(base.geometry, CONFIG, fingerprint=base.fingerprint, domain=domain)
+    weights = random_projections(base.geometry, CONFIG, seed=seed)
+    write_stack(folder / f"{domain}.safetensors", header, pack_groups(header, weights))
+    return f"{domain}.safetensors"
+
+
+def write_router(folder: Path, base: Base, domains: tuple[str, ...]) -> str:
+    """An untrained router; its file name."""
+    torch.manual_seed(0)
+    checkpoint = RouterCheckpoint(
+        network=MetaRouter(base.hidden_size, domains, hidden_dim=16),
+        settings=FeatureSettings(mid_layer=base.num_layers // 2),
+        policy=RoutingPolicy(),
+        stack_digests=dict.fromkeys(domains, ()),
+        base_fingerprint=base.fingerprint,
+    )
+    checkpoint.save(folder / "router.safetensors")
+    return "router.safetensors"
+
+
+def ask(client: httpx.Client, **fields: object) -> httpx.Response:
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0, **fields}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def test_registered_domains_and_router_answer_at_once_and_after_a_restart(tmp_path: Path, base: Base) -> None:
+    settings = settings_for(tmp_path)
+    with serve_app(compose_app_for(base, settings)) as url, httpx.Client(base_url=url, timeout=60) as client:
+        client.headers["authorization"] = "Bearer k"
+        alone = ask(client).json()
+        assert alone["brainstacks"]["mix"] == {}
+        for seed, domain in enumerate(("chat", "math")):
+            body = {"stacks": [{"path": write_domain(tmp_path, base, domain, seed=seed)}]}
+            assert client.put(f"/admin/domains/{domain}", json=body).status_code == 201
+        forced = ask(client, model="tiny:math").json()
+        assert forced["choices"][0]["message"] != alone["choices"][0]["message"]
+        assert client.put("/admin/router", json={"path": write_router(tmp_path, base, ("chat", "math"))}).is_success
+        routed = ask(client).json()
+        assert set(routed["brainstacks"]["scores"]) == {"chat", "math"}
+        assert set(routed["brainstacks"]["mix"]) == {"chat", "math"}  # untrained, it finds every domain likely
+        assert ask(client, model="tiny:base").json()["choices"] == alone["choices"]
+    with serve_app(compose_app_for(base, settings)) as url, httpx.Client(base_url=url, timeout=60) as client:
+        assert ask(client).json()["choices"] == routed["choices"]
+
+
+def test_router_of_another_base_is_refused_and_the_old_one_stays(tmp_path: Path, base: Base) -> None:
+    with serve_app(compose_app_for(base, settings_for(tmp_path))) as url, httpx.Client(base_url=url) as client:
+        client.headers["authorization"] = "Bearer k"
+        path = tmp_path / write_router(tmp_path, base, ("chat",))
+        checkpoint = RouterCheckpoint.load(path)
+        RouterCheckpoint(
+            network=checkpoint.network,
+            settings=checkpoint.settings,
+            policy=checkpoint.policy,
+            stack_digests=checkpoint.stack_digests,
+            base_fingerprint="other",
+        ).save(tmp_path / "foreign.safetensors")
+        refused = client.put("/admin/router", json={"path": "foreign.safetensors"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "router_incompatible")
+        stack = client.put("/admin/router", json={"path": write_domain(tmp_path, base, "math", seed=0)})
+        assert (stack.status_code, stack.json()["error"]["code"]) == (400, "router_invalid")
+        assert client.get("/admin/domains").json()["router"] is None
+
+
+def test_store_of_another_base_is_refused(tmp_path: Path, base: Base) -> None:
+    StackRegistry.create(tmp_path / "store", base_fingerprint="other", geometry=tiny_geometry()).close()
+    with pytest.raises(StackIncompatible, match="other"):
+        compose_app_for(base, settings_for(tmp_path))
+
+
+def test_folder_that_is_no_store_is_not_made_one(tmp_path: Path, base: Base) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigInvalid, match="not a store"):
+        compose_app_for(base, settings_for(tmp_path))
+
+
+def test_engine_settings_that_make_no_sense_are_named(tmp_path: Path, base: Base) -> None:
+    with pytest.raises(ConfigInvalid, match="kv_cache_tokens 8"):
+        compose_app_for(base, settings_for(tmp_path, kv_cache_tokens=8))
+
+
+def test_context_is_no_longer_than_the_base_knows(tmp_path: Path, base: Base) -> None:
+    app = compose_app_for(base, settings_for(tmp_path, max_model_len=100_000, kv_cache_tokens=100_000))
+    assert app.state.service.engine.max_model_len == base.max_positions

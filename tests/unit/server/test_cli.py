@@ -1,0 +1,80 @@
+"""The command line: quick help, clear errors, checks without a server."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from server.cli import app
+from server.terminal_chat import describe_report
+from tests.fakes import tiny_header, write_random_stack
+
+runner = CliRunner()
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from server.cli import app\n"
+        "assert CliRunner().invoke(app, ['serve', '--help']).exit_code == 0\n"
+        "heavy = {'torch', 'transformers', 'fastapi', 'httpx', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_talking_to_a_server_needs_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "import server.client, server.bench, server.terminal_chat, server.config\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_server_process_decides_about_threads_before_torch_is_imported() -> None:
+    code = "import sys\nimport server.serve\nassert 'torch' not in sys.modules\n"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["route", "hello"], ["chat"], ["stacks", "list"], ["bench", "--requests", "1"], ["stacks", "remove", "a"]],
+)
+def test_absent_server_is_one_line_and_status_1(arguments: list[str]) -> None:
+    result = runner.invoke(app, [*arguments, "--url", "http://127.0.0.1:9"], input="hello\n")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: http://127.0.0.1:9")
+
+
+def test_bad_setting_is_one_line_and_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRAINSTACKS_SERVER__PROT", "1")
+    result = runner.invoke(app, ["serve"])
+    assert result.exit_code == 1
+    assert "BRAINSTACKS_SERVER__PROT: unknown key 'prot'" in result.stderr
+
+
+def test_verify_tells_good_files_from_bad(tmp_path: Path) -> None:
+    digest = write_random_stack(tmp_path / "good.safetensors", tiny_header(domain="math"))
+    good = runner.invoke(app, ["stacks", "verify", str(tmp_path)])
+    assert good.exit_code == 0
+    assert f"domain=math round=1 digest={digest}" in good.stdout
+    (tmp_path / "bad.safetensors").write_bytes(b"junk")
+    both = runner.invoke(app, ["stacks", "verify", str(tmp_path)])
+    assert both.exit_code == 1
+    assert "bad.safetensors" in both.stdout
+
+
+def test_mistyped_mix_is_named() -> None:
+    result = runner.invoke(app, ["bench", "--mix", "math:1"])
+    assert result.exit_code == 2
+    assert "DOMAIN=WEIGHT, got 'math:1'" in result.stderr
+
+
+def test_report_is_one_line() -> None:
+    report = {"mix": {"chat": 0.2, "math": 0.93}, "cold": ["math"], "scores": {"math": 0.93, "chat": 0.01}}
+    assert describe_report(report) == "mix math=0.93 chat=0.20  cold math  scores math=0.93 chat=0.01"
+    assert describe_report({"mix": {}}) == "mix base only"

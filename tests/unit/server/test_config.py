@@ -1,0 +1,96 @@
+"""Settings: order of sources, and the names of mistakes."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from server.config import load_settings
+from server.errors import ConfigInvalid
+
+
+def toml(folder: Path, text: str) -> Path:
+    """A config file."""
+    path = folder / "config.toml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_beat_environment_beats_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = toml(tmp_path, '[server]\nhost = "file"\nport = 1\nmax_queue = 7\n')
+    monkeypatch.setenv("BRAINSTACKS_SERVER__HOST", "env")
+    monkeypatch.setenv("BRAINSTACKS_SERVER__PORT", "2")
+    server = load_settings(config, {"server": {"port": 3}}).server
+    assert (server.host, server.port, server.max_queue) == ("env", 3, 7)
+
+
+def test_defaults_need_nothing() -> None:
+    settings = load_settings()
+    assert (settings.server.host, settings.server.port) == ("127.0.0.1", 8000)
+    assert settings.server.admin_key is None
+    assert settings.engine.max_batch_rows == 16
+
+
+def test_keys_are_separated_by_commas_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRAINSTACKS_SERVER__API_KEYS", "one, two,")
+    assert load_settings().server.api_keys == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "named"),
+    [
+        ("BRAINSTACKS_SEVRER__PORT", "unknown section 'sevrer'"),
+        ("BRAINSTACKS_SERVER__PROT", "unknown key 'prot'"),
+        ("BRAINSTACKS_PORT", "unknown section 'port'"),
+        ("BRAINSTACKS_SERVER", "unknown key ''"),
+        ("BRAINSTACKS_SERVER__PORT__NUMBER", "unknown key 'port__number'"),
+    ],
+)
+def test_mistyped_variable_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, named: str) -> None:
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(ConfigInvalid, match=f"{variable}: {named}"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[server]\nprot = 1\n", "server.prot: unknown setting"),
+        ("[sevrer]\nport = 1\n", "sevrer: unknown setting"),
+        ('[server]\nport = "many"\n', "server.port: .*'many'"),
+        ("[server]\nport = 70000\n", "server.port: .*70000"),
+        ("[engine]\nmax_batch_rows = 0\n", "engine.max_batch_rows: .*0"),
+        ('[log]\nlevel = "loud"\n', "log.level: .*'loud'"),
+        ("[server\n", "does not parse"),
+    ],
+)
+def test_mistake_in_the_file_is_named(tmp_path: Path, text: str, named: str) -> None:
+    with pytest.raises(ConfigInvalid, match=named):
+        load_settings(toml(tmp_path, text))
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match=r"nowhere\.toml' does not exist"):
+        load_settings(tmp_path / "nowhere.toml")
+
+
+def test_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRAINSTACKS_ENGINE__MAX_BATCH_ROWS", "few")
+    with pytest.raises(ConfigInvalid, match=r"engine\.max_batch_rows: .*'few'"):
+        load_settings()
+
+
+def test_keys_are_not_told_in_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRAINSTACKS_SERVER__ADMIN_KEY", "secret")
+    monkeypatch.setenv("BRAINSTACKS_SERVER__PORT", "many")
+    with pytest.raises(ConfigInvalid) as raised:
+        load_settings()
+    assert "secret" not in str(raised.value)
+    monkeypatch.delenv("BRAINSTACKS_SERVER__PORT")
+    assert "secret" not in repr(load_settings())
+
+
+def test_settings_are_frozen() -> None:
+    settings = load_settings()
+    with pytest.raises(ValidationError):
+        settings.server.port = 1

@@ -1,0 +1,50 @@
+"""Metrics: labels stay few, registries stay apart."""
+
+from server.meter import RequestMeter
+from server.metrics import DomainLabels, ServerMetrics
+from tests.fakes import ManualClock
+
+
+def test_domains_beyond_the_hundredth_share_a_label() -> None:
+    labels = DomainLabels(limit=2)
+    assert [labels.label(name) for name in ("a", "b", "c", "a", "d")] == ["a", "b", "other", "a", "other"]
+
+
+def test_two_servers_in_one_process_do_not_share_numbers() -> None:
+    one, other = (ServerMetrics(version="1", base="tiny") for _ in range(2))
+    one.mix_chosen({"math": 0.5})
+    assert one.registry.get_sample_value("brainstacks_domain_selected_total", {"domain": "math"}) == 1
+    assert other.registry.get_sample_value("brainstacks_domain_selected_total", {"domain": "math"}) is None
+
+
+def test_cache_events_are_counted() -> None:
+    metrics = ServerMetrics(version="1", base="tiny")
+    metrics.lookup(True)
+    metrics.loaded("math@1", 100, 0.5)
+    metrics.evicted("math@1", 100)
+    metrics.failed("math@1", ValueError("broken"))
+    metrics.resident(300)
+    sample = metrics.registry.get_sample_value
+    assert sample("brainstacks_stack_cache_lookups_total", {"tier": "device", "result": "hit"}) == 1
+    assert sample("brainstacks_stack_cache_lookups_total", {"tier": "device", "result": "miss"}) == 0
+    assert sample("brainstacks_stack_load_bytes_total", {"source": "file"}) == 100
+    assert sample("brainstacks_stack_load_seconds_sum", {"source": "file"}) == 0.5
+    assert sample("brainstacks_stack_load_failures_total", {"source": "file"}) == 1
+    assert sample("brainstacks_stack_cache_evictions_total", {"tier": "device"}) == 1
+    assert sample("brainstacks_stack_cache_resident_bytes", {"tier": "device"}) == 300
+
+
+def test_tokens_that_come_together_share_the_gap() -> None:
+    clock, metrics = ManualClock(), ServerMetrics(version="1", base="tiny")
+    meter = RequestMeter(metrics, clock=clock)
+    clock.advance(1.0)
+    meter.tokens_came(0, 1)
+    clock.advance(0.5)
+    meter.tokens_came(1, 1)
+    clock.advance(0.5)
+    meter.tokens_came(0, 2)
+    sample = metrics.registry.get_sample_value
+    assert sample("brainstacks_time_to_first_token_seconds_sum") == 1.0
+    assert sample("brainstacks_time_to_first_token_seconds_count") == 1
+    assert sample("brainstacks_inter_token_seconds_count") == 2
+    assert sample("brainstacks_inter_token_seconds_sum") == 1.0

@@ -1,0 +1,49 @@
+"""Routes are remembered, and a swapped router is never mistaken for the old one."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from server.routing import Routing
+from tests.servers import ScriptedRouter
+
+
+class HeldDevice:
+    """Gives work to the test instead of running it."""
+
+    def __init__(self) -> None:
+        self.held: list[tuple[Callable[[], Any], Future[Any]]] = []
+
+    def run_on_device(self, work: Callable[[], Any], /) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.held.append((work, future))
+        return future
+
+    def run_held(self) -> None:
+        for work, future in self.held:
+            future.set_result(work())
+        self.held.clear()
+
+
+def load_nothing(path: Path) -> ScriptedRouter:
+    raise AssertionError("no file is loaded here")
+
+
+def test_route_made_by_a_router_that_was_swapped_meanwhile_is_not_remembered() -> None:
+    async def swap_during_a_route() -> None:
+        device: Any = HeldDevice()
+        old, new = ScriptedRouter(("math",)), ScriptedRouter(("law",))
+        routing = Routing(device, load_router=load_nothing, router=old)
+        first = asyncio.create_task(routing.route("law=0.9"))
+        await asyncio.sleep(0)
+        routing.swap(new)
+        device.run_held()
+        assert set((await first).scores) == {"math"}
+        second = asyncio.create_task(routing.route("law=0.9"))
+        await asyncio.sleep(0)
+        device.run_held()
+        assert set((await second).scores) == {"law"}
+
+    asyncio.run(swap_during_a_route())
