@@ -41,7 +41,8 @@ require_tools() {
 
 start_engine() {
   export DOCKER_HOST=unix://$work/d.sock DOCKER_CONFIG=$work/config
-  dockerd --data-root="$work/data" --exec-root="$work/exec" --pidfile="$work/dockerd.pid" -H "$DOCKER_HOST" \
+  # In a session of its own: Ctrl-C must reach compose, and the engine only after it.
+  setsid dockerd --data-root="$work/data" --exec-root="$work/exec" --pidfile="$work/dockerd.pid" -H "$DOCKER_HOST" \
     --group=root --bridge=none --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false \
     --userland-proxy=false >"$work/dockerd.log" 2>&1 &
   engine_pid=$!
@@ -117,7 +118,7 @@ stop() {
   if [ -n "$engine_pid" ]; then
     kill "$engine_pid" && wait "$engine_pid" || true
     umount "$work/exec/netns/default" 2>/dev/null || true
-    rmdir /sys/fs/cgroup/docker /sys/fs/cgroup/*/docker 2>/dev/null || true  # empty ones only
+    rmdir /sys/fs/cgroup/{,*/}docker/{buildkit/,} 2>/dev/null || true  # empty ones only
     ! grep -q " $work/" /proc/self/mounts || { grep " $work/" /proc/self/mounts >&2; status=1; }
   fi
   [ -n "$is_kept" ] || rm -rf --one-file-system "$work"

@@ -5,6 +5,7 @@ engine's thread; other threads leave commands in a queue.
 """
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -133,8 +134,11 @@ class Engine:
         return job.result
 
     def heartbeat_age_seconds(self) -> float:
-        """Seconds since the loop last came round: under a second when idle, under a step's length when busy."""
-        return time.monotonic() - self._alive_at
+        """Seconds since the loop last came round: under a second when idle, a step's length when busy.
+
+        Infinite once the loop has ended.
+        """
+        return math.inf if self._stopping.is_set() else time.monotonic() - self._alive_at
 
     def snapshot(self) -> EngineSnapshot:
         """What the engine was doing after its latest step."""
@@ -162,15 +166,21 @@ class Engine:
                 raise EngineStopped("the engine is shutting down")
 
     def _run(self) -> None:
-        while not self._stopping.is_set():
-            self._take_commands()
-            rows = self._scheduler.schedule()
-            if rows:
-                self._step(rows)
-            self._beat()
+        reason: Exception = EngineStopped("the engine is shutting down")
+        try:
+            while not self._stopping.is_set():
+                self._take_commands()
+                rows = self._scheduler.schedule()
+                if rows:
+                    self._step(rows)
+                self._beat()
+        except Exception as error:
+            logger.exception("engine loop ended by an error")
+            reason = EngineFailed(f"the engine's loop ended by an error: {error}")
+        with self._admission:
+            self._stopping.set()
         self._take_commands()
-        self._fail_all(EngineStopped("the engine is shutting down"))
-        self._beat()
+        self._fail_all(reason)
 
     def _take_commands(self) -> None:
         """Handles every command there is; waits for the first if there is nothing to run."""
@@ -188,6 +198,10 @@ class Engine:
     def _handle(self, command: _Command) -> None:
         match command:
             case _Submit(sequence):
+                if sequence.request.request_id in self._sequences:
+                    error = ValueError(f"request id {sequence.request.request_id!r} is in use")
+                    sequence.on_event(FailedEvent(error))
+                    return
                 self._sequences[sequence.request.request_id] = sequence
                 self._scheduler.add(sequence)
             case _Cancel(request_id):

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -17,11 +18,15 @@ from server.service import Service
 from server.store_admin import StoreAdmin
 
 
-def create_app(service: Service, store_admin: StoreAdmin, settings: Settings) -> FastAPI:
-    """An app whose lifespan starts and stops the engine."""
+def create_app(
+    service: Service, store_admin: StoreAdmin, settings: Settings, *, workers: ThreadPoolExecutor | None = None
+) -> FastAPI:
+    """An app whose lifespan starts and stops the engine. `workers` run what the event loop must not wait for."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if workers is not None:
+            asyncio.get_running_loop().set_default_executor(workers)
         service.engine.start()
         try:
             yield

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 UPLOADS_FOLDER = "uploads"
 AUTO_BUDGET_SHARE = 4  # a quarter of what is available
+NUM_WORKERS = 4  # for what the event loop must not wait for: files, long texts
 
 
 def compose_app(settings: Settings) -> FastAPI:
@@ -69,7 +70,7 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
         budget_bytes=budget_bytes,
         load=lambda key: load_domain(registry, versions.entry(key), dtype=base.dtype, device=base.device),
         observer=metrics,
-        executor=_loaders(settings.store.loader_threads),
+        executor=_one_threaded("stack-loader", settings.store.loader_threads),
     )
     metrics.cache_budget.labels("device").set(budget_bytes)
     catalog = Catalog(registry, cache, versions, dtype=base.dtype)
@@ -98,7 +99,7 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
         budget_bytes,
         torch.get_num_threads(),
     )
-    return create_app(service, store_admin, settings)
+    return create_app(service, store_admin, settings, workers=_one_threaded("worker", NUM_WORKERS))
 
 
 def _version() -> str:
@@ -109,9 +110,9 @@ def _version() -> str:
         return "uninstalled"
 
 
-def _loaders(count: int) -> ThreadPoolExecutor:
-    """Each with one thread for its own tensor work: a team a loader would fight the engine's team for the cores."""
-    return ThreadPoolExecutor(count, thread_name_prefix="stack-loader", initializer=partial(torch.set_num_threads, 1))
+def _one_threaded(name: str, count: int) -> ThreadPoolExecutor:
+    """Threads whose own tensor work has no team: a team each would fight the engine's for the cores."""
+    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=partial(torch.set_num_threads, 1))
 
 
 def _open_store(path: Path, base: Base) -> StackRegistry:

@@ -20,7 +20,7 @@ from server.ports import RouterPort
 from server.routing import Routing
 from server.sources import Sources
 from stack_store.cache import CacheEntrySnapshot
-from stack_store.errors import LoadFailed
+from stack_store.errors import LoadFailed, MixTooLarge
 from stack_store.manifest import DomainEntry
 from stack_store.registry import Registration
 
@@ -146,14 +146,16 @@ class StoreAdmin:
         return registration
 
     def _replace(self, previous: DomainEntry, entry: DomainEntry) -> None:
-        """The new version is pinned if the old one was; the old one goes when its last lease ends."""
+        """The old version goes when its last lease ends; the new one is pinned if the old one was and if it fits."""
         old_key = self._catalog.versions.key(previous)
         old = self._entries().get(old_key)
+        self._finish_retirement(previous, self._cache.retire(old_key))
         if old is not None and old.pinned:
             want = self._catalog.want(entry)
-            self._cache.unpin(old_key)
-            self._cache.pin(want.key, want.bytes)
-        self._finish_retirement(previous, self._cache.retire(old_key))
+            try:
+                self._cache.pin(want.key, want.bytes)
+            except MixTooLarge as error:
+                logger.warning("replaced domain is not pinned any more name=%s reason=%r", entry.name, str(error))
 
     def _finish_retirement(self, entry: DomainEntry, retired: Future[int]) -> asyncio.Task[int]:
         """In the background, kept from being collected while it waits for the last lease."""

@@ -47,6 +47,8 @@ class ServerProcess:
         for variable in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
             self._environ.pop(variable, None)
         self._process: subprocess.Popen[bytes] | None = None
+        self.openai = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def __enter__(self) -> Self:
         command = [str(Path(sys.executable).parent / "brainstacks"), "serve"]
@@ -71,14 +73,14 @@ class ServerProcess:
 
     def _is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/health/ready", timeout=1).status_code == 200
+            return self.http.get("/health/ready").status_code == 200
         except httpx.TransportError:
             return False
 
     @property
-    def openai(self) -> OpenAI:
-        """The official client."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+    def model(self) -> str:
+        """The name of the model that routes."""
+        return self.openai.models.list().data[0].id
 
     @property
     def log_text(self) -> str:
@@ -88,12 +90,12 @@ class ServerProcess:
     def admin(self, method: str, path: str, **options: Any) -> httpx.Response:
         """A call with the admin key."""
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-        return httpx.request(method, f"{self.url}{path}", headers=headers, timeout=60, **options)
+        return self.http.request(method, path, headers=headers, **options)
 
     def metric(self, name: str, **labels: str) -> float:
         """A metric's value now, summed over the samples that carry the labels; 0 if there is none."""
         total = 0.0
-        for line in httpx.get(f"{self.url}/metrics", timeout=10).text.splitlines():
+        for line in self.http.get("/metrics").text.splitlines():
             match = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
             if match and match[1] == name and all(f'{k}="{v}"' in (match[2] or "") for k, v in labels.items()):
                 total += float(match[3])

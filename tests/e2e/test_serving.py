@@ -3,13 +3,13 @@
 import itertools
 import json
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.e2e.server_process import ServerProcess
@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 def ask(server: ServerProcess, question: str, *, tokens: int = 24, **extra: Any) -> tuple[str, dict[str, Any]]:
     """A greedy answer and the brainstacks extension."""
-    model = extra.pop("model", server.openai.models.list().data[0].id)
+    model = extra.pop("model", None) or server.model
     answer = server.openai.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": question}],
@@ -68,7 +68,7 @@ def stream(server: ServerProcess, question: str, tokens: int) -> list[tuple[floa
     """When each piece of a streamed answer came, and what it was."""
     pieces = []
     chunks = server.openai.chat.completions.create(
-        model=server.openai.models.list().data[0].id,
+        model=server.model,
         messages=[{"role": "user", "content": question}],
         max_tokens=tokens,
         temperature=0,
@@ -110,7 +110,7 @@ def test_two_clients_stream_at_once(server: ServerProcess) -> None:
 
 
 def test_fixed_mixes_by_model_name_and_by_extension(server: ServerProcess) -> None:
-    name = server.openai.models.list().data[0].id
+    name = server.model
     by_model, extension = ask(server, MATH, model=f"{name}:math")
     assert extension["mix"] == {"math": 1.0}
     by_mix, _ = ask(server, MATH, brainstacks={"mix": {"math": 1.0}})
@@ -122,8 +122,8 @@ def test_fixed_mixes_by_model_name_and_by_extension(server: ServerProcess) -> No
 
 def test_curl_as_the_readme_shows_it(server: ServerProcess) -> None:
     body = {"messages": [{"role": "user", "content": MATH}], "max_tokens": 16}
-    name = server.openai.models.list().data[0].id
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"model": name, **body}, timeout=60)
+    name = server.model
+    answer = server.http.post("/v1/chat/completions", json={"model": name, **body})
     assert answer.status_code == 200
     assert answer.json()["brainstacks"]["mix"]
     assert answer.headers["x-brainstacks-mix"]
@@ -140,10 +140,10 @@ def test_a_domain_comes_and_goes_while_requests_run_and_survives_a_restart(tmp_p
     shutil.copytree(DEMO_STORE, tmp_path / "store")
     settings = {"store__import_root": DEMO_STORE}
     with ServerProcess(tmp_path / "store", tmp_path / "log", **settings) as server:
-        name = server.openai.models.list().data[0].id
+        name = server.model
         before, _ = ask(server, MATH, model=f"{name}:math")
         assert server.admin("DELETE", "/admin/domains/math").status_code == 200
-        assert httpx.post(f"{server.url}/v1/chat/completions", json=_body(f"{name}:math")).status_code == 404
+        assert server.http.post("/v1/chat/completions", json=_body(f"{name}:math")).status_code == 404
 
         running = threading.Thread(target=stream, args=(server, MEDICAL, 150))
         running.start()
@@ -152,7 +152,7 @@ def test_a_domain_comes_and_goes_while_requests_run_and_survives_a_restart(tmp_p
         assert ask(server, MATH, model=f"{name}:math")[0] == before
         running.join(timeout=120)
 
-        whole, _ = ask(server, MATH, tokens=200, model=f"{name}:math", ignore_eos=True)
+        whole, _ = ask(server, MATH, tokens=100, model=f"{name}:math", ignore_eos=True)
         pieces: list[str] = []
         started = threading.Event()
 
@@ -160,7 +160,7 @@ def test_a_domain_comes_and_goes_while_requests_run_and_survives_a_restart(tmp_p
             answer = server.openai.chat.completions.create(
                 model=f"{name}:math",
                 messages=[{"role": "user", "content": MATH}],
-                max_tokens=200,
+                max_tokens=100,
                 temperature=0,
                 stream=True,
                 extra_body={"ignore_eos": True},
@@ -191,7 +191,7 @@ def test_a_budget_of_two_domains_serves_five_with_the_same_answers_in_flat_memor
     server: ServerProcess, tmp_path: Path
 ) -> None:
     """Domains are used in turn, so nearly every request evicts one and loads another."""
-    name = server.openai.models.list().data[0].id
+    name = server.model
     expected = {domain: ask(server, MEDICAL, tokens=12, model=f"{name}:{domain}")[0] for domain in DOMAINS}
     shown = server.admin("GET", "/admin/domains").json()["domains"]
     budget = 2 * max(domain["resident_bytes"] for domain in shown)
@@ -211,7 +211,7 @@ def test_a_budget_of_two_domains_serves_five_with_the_same_answers_in_flat_memor
         assert small.metric("brainstacks_stack_load_seconds_count") >= 190
         settled = memory[50:100]
         assert max(memory[150:]) < 1.05 * max(settled)
-        assert small.stop() == 0
+        assert small.stop() in (0, -signal.SIGTERM)  # uvicorn hands the signal on when it is done
 
 
 def test_the_log_has_one_line_a_request_and_no_prompt(server: ServerProcess) -> None:

@@ -1,5 +1,7 @@
 """The real engine on tiny random bases, compared with transformers' own forward and slowly added stacks."""
 
+import math
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from engine.errors import EngineFailed, EngineStopped, PromptTooLong
 from engine.model.base import load_base
 from engine.model.moe_lora import MoeLoraConfig
 from engine.slots import ResidentDomain
-from engine.types import FinishedEvent, PromptEvent, SamplingParams, TokensEvent
+from engine.types import Event, FinishedEvent, GenerationRequest, PromptEvent, SamplingParams, TokensEvent
 from tests.engines import Client, Collected, collect
 from tests.reference import ReferenceModel, WeightedStack
 from tests.stacks import random_projections, to_serving
@@ -70,7 +72,7 @@ def test_mixed_batch_equals_each_request_computed_the_plain_way(
             client.submit(prompt, greedy(), [(domains[i], w) for i, w in mix.items()])[1]
             for prompt, mix in zip(PROMPTS, MIXES, strict=True)
         ]
-        together = [collect(queue) for queue in events]
+        together = [collect(pending) for pending in events]
         alone = [
             client.run(prompt, greedy(), [(domains[i], w) for i, w in mix.items()])
             for prompt, mix in zip(PROMPTS, MIXES, strict=True)
@@ -126,8 +128,8 @@ def test_a_seed_gives_the_same_text_alone_and_in_company(llama: Client) -> None:
     alone = llama.run(PROMPTS[0], sampling)
     others = [llama.submit(PROMPTS[2], greedy(30))[1] for _ in range(2)]
     joint = llama.run(PROMPTS[0], sampling)
-    for queue in others:
-        collect(queue)
+    for other in others:
+        collect(other)
     assert joint.token_ids == alone.token_ids
     another = SamplingParams(max_tokens=10, temperature=0.9, top_p=0.9, top_k=50, seed=8, ignore_eos=True)
     assert llama.run(PROMPTS[0], another).token_ids != alone.token_ids
@@ -136,8 +138,8 @@ def test_a_seed_gives_the_same_text_alone_and_in_company(llama: Client) -> None:
 def test_more_requests_than_rows_all_finish_with_their_own_answers(llama: Client) -> None:
     expected = [llama.run(prompt, greedy(6)).token_ids for prompt in PROMPTS]
     events = [llama.submit(PROMPTS[i % 4], greedy(6))[1] for i in range(13)]
-    for i, queue in enumerate(events):
-        assert collect(queue).token_ids == expected[i % 4]
+    for i, pending in enumerate(events):
+        assert collect(pending).token_ids == expected[i % 4]
 
 
 def test_a_request_joins_and_leaves_while_others_go_on(llama: Client) -> None:
@@ -158,8 +160,8 @@ def test_cancelled_requests_give_back_everything(llama: Client) -> None:
     waiting_id, waiting = llama.submit(PROMPTS[0], greedy(100))
     for request_id in (waiting_id, running_id, *(i for i, _ in fillers), "never-heard-of"):
         llama.engine.cancel(request_id)
-    for queue in (running, waiting, *(q for _, q in fillers)):
-        finished = collect(queue).finished
+    for pending in (running, waiting, *(q for _, q in fillers)):
+        finished = collect(pending).finished
         assert finished is not None
         assert finished.reason == "cancelled"
     llama.engine.run_on_device(lambda: None).result(timeout=60)
@@ -245,6 +247,29 @@ def test_heartbeat_is_young_while_idle(llama: Client) -> None:
     assert llama.engine.heartbeat_age_seconds() < 30
 
 
+def test_an_error_outside_a_step_ends_the_engine_and_tells_everybody(
+    tiny_base_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_engine(tiny_base_folder("llama")) as client:
+        _, events = client.submit(PROMPTS[0], greedy(100))
+        events.get(timeout=60)
+        monkeypatch.setattr(client.engine._scheduler, "schedule", None)
+        assert isinstance(collect(events).error, EngineFailed)
+        with pytest.raises(EngineStopped):
+            client.submit(PROMPTS[0], greedy(1))
+        assert client.engine.heartbeat_age_seconds() == math.inf
+
+
+def test_a_request_id_in_use_is_refused(llama: Client) -> None:
+    request = GenerationRequest("twice", (5, 6), greedy(40))
+    first: queue.Queue[Event] = queue.Queue()
+    second: queue.Queue[Event] = queue.Queue()
+    llama.engine.submit(request, first.put)
+    llama.engine.submit(request, second.put)
+    assert "twice" in str(collect(second).error)
+    assert len(collect(first).token_ids) == 40
+
+
 def test_bfloat16_mixed_batch_stays_within_tolerance_of_alone(tiny_base_folder: Callable[[str], Path]) -> None:
     base = load_base(str(tiny_base_folder("llama")), base_format="dense", dtype="bfloat16")
     engine = Engine(base, max_batch_rows=4, max_model_len=128, kv_cache_tokens=512)
@@ -260,7 +285,7 @@ def test_bfloat16_mixed_batch_stays_within_tolerance_of_alone(tiny_base_folder: 
         mix = [(domains[0], 1.0)]
         alone = logprobs(client.run(PROMPTS[1], sampling, mix))
         queues = [client.submit(PROMPTS[1], sampling, m)[1] for m in ([], mix, [(domains[1], 0.5)])]
-        joint = logprobs([collect(queue) for queue in queues][1])
+        joint = logprobs([collect(pending) for pending in queues][1])
         for token in alone.keys() & joint.keys():
             assert joint[token] == pytest.approx(alone[token], abs=0.05)
         assert len(alone.keys() & joint.keys()) >= 15
