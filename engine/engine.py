@@ -9,12 +9,13 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from engine.errors import EngineFailed, EngineStopped, PromptTooLong
+from engine.errors import EngineError, EngineFailed, EngineStopped, PromptTooLong
 from engine.kv_cache import KvCache
 from engine.model.base import Base
 from engine.runner import Runner, StepOutput
@@ -34,6 +35,7 @@ from engine.types import (
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_SECONDS = 0.5  # how often an idle engine shows that it is alive
+PROMPT_LOGITS_ROWS = 64  # positions whose logits over the whole vocabulary are in memory at once
 
 T = TypeVar("T")
 
@@ -61,6 +63,11 @@ class _Job(Generic[T]):
             self.result.set_result(self.work())
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the caller, not to the loop
             self.result.set_exception(error)
+
+    def refuse(self, reason: Exception) -> None:
+        """Settles the future without running the work."""
+        if self.result.set_running_or_notify_cancel():
+            self.result.set_exception(reason)
 
 
 class _Wake:
@@ -94,8 +101,10 @@ class Engine:
         self._scheduler = Scheduler(KvCache(kv_cache_tokens), max_rows=max_batch_rows, max_step_tokens=max_step_tokens)
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._sequences: dict[str, Sequence] = {}
+        self._jobs: deque[_Job[Any]] = deque()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = threading.Event()
+        self._end: EngineError = EngineStopped("the engine is shutting down")
         self._admission = threading.Lock()  # nothing is put behind the last drain
         self._alive_at = time.monotonic()
         self._steps = 0
@@ -111,7 +120,9 @@ class Engine:
         with self._admission:
             self._stopping.set()
             self._commands.put(_Wake())
-        if self._thread.is_alive():
+        if self._thread.ident is None:  # never started: nobody else will answer what was submitted
+            self._run()
+        elif self._thread.is_alive():
             self._thread.join()
 
     def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
@@ -163,13 +174,14 @@ class Engine:
             if not self._stopping.is_set():
                 self._commands.put(command)
             elif not quiet:
-                raise EngineStopped("the engine is shutting down")
+                raise self._end
 
     def _run(self) -> None:
-        reason: Exception = EngineStopped("the engine is shutting down")
+        reason: EngineError = EngineStopped("the engine is shutting down")
         try:
             while not self._stopping.is_set():
                 self._take_commands()
+                self._run_one_job()
                 rows = self._scheduler.schedule()
                 if rows:
                     self._step(rows)
@@ -178,13 +190,17 @@ class Engine:
             logger.exception("engine loop ended by an error")
             reason = EngineFailed(f"the engine's loop ended by an error: {error}")
         with self._admission:
+            self._end = reason
             self._stopping.set()
         self._take_commands()
+        for job in self._jobs:
+            job.refuse(reason)
         self._fail_all(reason)
 
     def _take_commands(self) -> None:
         """Handles every command there is; waits for the first if there is nothing to run."""
-        if not self._scheduler.running and not self._scheduler.waiting and not self._stopping.is_set():
+        has_work = self._scheduler.running or self._scheduler.waiting or self._jobs
+        if not has_work and not self._stopping.is_set():
             try:
                 self._handle(self._commands.get(timeout=IDLE_WAIT_SECONDS))
             except queue.Empty:
@@ -208,11 +224,16 @@ class Engine:
                 if (cancelled := self._sequences.get(request_id)) is not None:
                     self._finish(cancelled, "cancelled")
             case _Job():
-                self._runner.base_only()
-                command.run()
-                self._beat()
+                self._jobs.append(command)
             case _Wake():
                 pass
+
+    def _run_one_job(self) -> None:
+        """One between two steps, so that a burst of them does not silence the running streams."""
+        if self._jobs:
+            self._runner.base_only()
+            self._jobs.popleft().run()
+            self._beat()
 
     def _step(self, rows: list[ScheduledRow]) -> None:
         now = time.monotonic()
@@ -232,13 +253,14 @@ class Engine:
 
     def _report_prompts(self, output: StepOutput) -> None:
         """Collects prompt logprobs chunk by chunk; tells each sequence whose prompt is complete."""
-        for sequence, logits in output.prompt_logits.items():
+        for sequence, hidden in output.prompt_hidden.items():
             known = sequence.prompt_logprobs
             if not known:
                 known.append(None)  # nothing predicts the first token
-            following = sequence.token_ids[len(known) : len(known) + len(logits)]
             num_top = sequence.request.sampling.prompt_logprobs or 0
-            known += token_logprobs(logits[: len(following)], following, num_top)
+            for part in hidden.split(PROMPT_LOGITS_ROWS):  # type: ignore[no-untyped-call]
+                following = sequence.token_ids[len(known) : len(known) + len(part)]
+                known += token_logprobs(self._runner.logits(part[: len(following)]), following, num_top)
         for sequence in output.sampled:
             if sequence.num_output == 0:
                 wanted = sequence.request.sampling.prompt_logprobs is not None

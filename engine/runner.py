@@ -23,7 +23,7 @@ class StepOutput:
 
     sampled: list[Sequence]
     sampled_logits: Tensor  # (sampled, V) float32
-    prompt_logits: dict[Sequence, Tensor]  # of rows that asked for prompt logprobs: (tokens of this step, V)
+    prompt_hidden: dict[Sequence, Tensor]  # of rows that asked for prompt logprobs: (tokens of this step, H)
 
 
 class Runner:
@@ -55,6 +55,11 @@ class Runner:
             ).last_hidden_state[0]  # (T, H)
             return self._output(rows, spans, hidden)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, H) -> (N, V) in float32."""
+        with torch.inference_mode():
+            return self.base.head(hidden).float()
+
     def base_only(self) -> None:
         """Turns every stack off until the next step."""
         self._deltas.current = None
@@ -78,15 +83,17 @@ class Runner:
 
     def _bind_mix(self, rows: Rows[ScheduledRow], running: Rows[Sequence]) -> None:
         """Points the deltas at this step's stacks and weights; at none if no row of the step has a mix."""
-        if not any(row.sequence.request.mix for row in rows):
-            self._deltas.current = None
-            return
         in_use = {stack: None for sequence in running for domain, _ in sequence.request.mix for stack in domain.stacks}
         stacks = tuple(in_use)
         if set(stacks) != set(self._packed):
-            self.release_pack()  # before the next is built: two packs never lie side by side
+            # Also when only some of them left: a pack must not keep an evicted domain's memory. And before the next
+            # is built: two packs never lie side by side.
+            self.release_pack()
+        self._deltas.current = None
+        if not any(row.sequence.request.mix for row in rows):
+            return
+        if self._pack is None:
             self._pack, self._packed = StackPack(stacks), stacks
-        assert self._pack is not None
         column = {stack: index for index, stack in enumerate(self._packed)}
         weights = torch.zeros(len(rows), len(stacks))
         for index, row in enumerate(rows):
@@ -99,13 +106,13 @@ class Runner:
     def _output(self, rows: Rows[ScheduledRow], spans: Rows[RowSpan], hidden: Tensor) -> StepOutput:
         sampled = [(row.sequence, span) for row, span in zip(rows, spans, strict=True) if row.is_sampled]
         last = torch.tensor([span.first_token + span.num_tokens - 1 for _, span in sampled], dtype=torch.long)
-        logits = self.base.head(hidden[last.to(hidden.device)]).float()
-        prompt_logits = {
-            row.sequence: self.base.head(hidden[span.first_token : span.first_token + span.num_tokens]).float()
+        logits = self.logits(hidden[last.to(hidden.device)])
+        prompt_hidden = {
+            row.sequence: hidden[span.first_token : span.first_token + span.num_tokens]
             for row, span in zip(rows, spans, strict=True)
             if row.sequence.request.sampling.prompt_logprobs is not None and row.sequence.num_output == 0
         }
-        return StepOutput([sequence for sequence, _ in sampled], logits, prompt_logits)
+        return StepOutput([sequence for sequence, _ in sampled], logits, prompt_hidden)
 
 
 def _row_spans(rows: Rows[ScheduledRow]) -> list[RowSpan]:

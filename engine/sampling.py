@@ -14,6 +14,8 @@ from torch import Tensor
 
 from engine.types import SamplingParams, TokenLogprob
 
+MIN_TEMPERATURE = 1e-5  # below it, sampling is greedy: the quotient would overflow
+
 
 @dataclass(slots=True)
 class RowSampler:
@@ -26,7 +28,13 @@ class RowSampler:
     output_counts: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.generator = Random(self.params.seed)  # noqa: S311 - no seed: from the system's entropy
+        seed = self.params.seed  # Random takes the absolute value, which would make -1 and 1 twins
+        self.generator = Random(None if seed is None else seed % 2**64)  # noqa: S311 - None: the system's entropy
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether top_k or top_p leave tokens out."""
+        return self.params.top_p < 1.0 or self.params.top_k > 0
 
     @property
     def num_output(self) -> int:
@@ -57,26 +65,41 @@ def sample(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
     for index, row in enumerate(rows):
         row.adjust(logits[index])
     tokens = logits.argmax(dim=-1).tolist()
-    random_rows = [index for index, row in enumerate(rows) if row.params.temperature > 0]
-    if random_rows:
-        drawn = _draw(logits[random_rows], [rows[index] for index in random_rows])
-        for index, token in zip(random_rows, drawn, strict=True):
-            tokens[index] = token
+    drawing = [index for index, row in enumerate(rows) if row.params.temperature >= MIN_TEMPERATURE]
+    # Apart, because each way of drawing maps the same random number to another token.
+    for draw, indices in (
+        (_draw_from_all, [index for index in drawing if not rows[index].is_restricted]),
+        (_draw_from_likeliest, [index for index in drawing if rows[index].is_restricted]),
+    ):
+        if indices:
+            drawn = draw(logits[indices], [rows[index] for index in indices])
+            for index, token in zip(indices, drawn, strict=True):
+                tokens[index] = token
     for row, token in zip(rows, tokens, strict=True):
         row.output_counts[token] += 1
     return tokens
 
 
-def _draw(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
+def _draw_from_all(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
     """(N, V) -> N token ids by inverse transform: one uniform number a row, so a seed gives the same text anywhere."""
-    temperature = torch.tensor([[row.params.temperature] for row in rows], device=logits.device)
-    probabilities = (logits / temperature).softmax(dim=-1, dtype=torch.float64)
-    uniform = torch.tensor([[row.generator.random()] for row in rows], device=logits.device, dtype=torch.float64)
-    if all(row.params.top_p == 1.0 and row.params.top_k == 0 for row in rows):
-        return _invert(probabilities, uniform).tolist()
-    ordered, token_ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    return _invert(_probabilities(logits, rows), _uniform(rows, logits.device)).tolist()
+
+
+def _draw_from_likeliest(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
+    """(N, V) -> N token ids, each from what top_k and top_p leave of its row."""
+    ordered, token_ids = _probabilities(logits, rows).sort(dim=-1, descending=True, stable=True)
     kept = torch.where(_kept(ordered, rows), ordered, 0.0)
-    return token_ids.gather(1, _invert(kept, uniform).unsqueeze(1)).squeeze(1).tolist()
+    place = _invert(kept, _uniform(rows, logits.device))
+    return token_ids.gather(1, place.unsqueeze(1)).squeeze(1).tolist()
+
+
+def _probabilities(logits: Tensor, rows: Sequence[RowSampler]) -> Tensor:
+    temperature = torch.tensor([[row.params.temperature] for row in rows], device=logits.device, dtype=torch.float64)
+    return (logits.double() / temperature).softmax(dim=-1)
+
+
+def _uniform(rows: Sequence[RowSampler], device: torch.device) -> Tensor:
+    return torch.tensor([[row.generator.random()] for row in rows], device=device, dtype=torch.float64)
 
 
 def _kept(ordered: Tensor, rows: Sequence[RowSampler]) -> Tensor:
@@ -86,9 +109,10 @@ def _kept(ordered: Tensor, rows: Sequence[RowSampler]) -> Tensor:
     in_top_k = torch.arange(vocabulary, device=device) < top_k
     of_top_k = torch.where(in_top_k, ordered, 0.0)
     of_top_k = of_top_k / of_top_k.sum(dim=-1, keepdim=True)
-    top_p = torch.tensor([[row.params.top_p] for row in rows], device=device)
+    top_p = torch.tensor([[row.params.top_p] for row in rows], device=device, dtype=torch.float64)
     before = of_top_k.cumsum(dim=-1) - of_top_k
-    return in_top_k & (before < top_p)
+    first = torch.arange(vocabulary, device=device) == 0  # kept even if top_p is too small for it
+    return in_top_k & ((before < top_p) | first)
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Sequence:
     @property
     def num_positions(self) -> int:
         """Cache positions that the sequence may come to need: the last token is never fed back."""
-        return len(self.request.prompt_ids) + max(self.request.sampling.max_tokens, 1)
+        return len(self.request.prompt_ids) + max(self.request.sampling.max_tokens - 1, 0)
 
     def finished(self, reason: FinishReason) -> FinishedEvent:
         """The sequence's last event, with the seconds of each phase."""
@@ -60,6 +60,12 @@ def new_sequence(
         request=request,
         on_event=on_event,
         sampler=RowSampler(sampling, frozenset(request.prompt_ids), eos_token_ids),
-        detokenizer=Detokenizer(tokenizer, stop=sampling.stop, include_stop=sampling.include_stop),
+        detokenizer=Detokenizer(
+            tokenizer,
+            prompt_ids=request.prompt_ids,
+            stop=sampling.stop,
+            include_stop=sampling.include_stop,
+            min_tokens=sampling.min_tokens,
+        ),
         token_ids=list(request.prompt_ids),
     )

@@ -89,7 +89,7 @@ class PromptEvent:
 
 @dataclass(frozen=True, slots=True)
 class TokensEvent:
-    """New text. Tokens whose text is incomplete (half a character, a possible stop string) come with a later event."""
+    """New text and the tokens taken since the last event. Text that may change still comes with a later event."""
 
     text: str
     token_ids: tuple[int, ...]

@@ -22,7 +22,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from engine.errors import EngineStopped
-from engine.slots import ResidentDomain, load_domain
+from engine.slots import ResidentDomain
 from engine.types import (
     EngineSnapshot,
     Event,
@@ -40,6 +40,7 @@ from server.admission import Admission
 from server.app import create_app
 from server.catalog import Catalog, Versions
 from server.config import load_settings
+from server.domain_loader import DomainLoader
 from server.metrics import ServerMetrics
 from server.prompts import PromptReader
 from server.routing import Routing
@@ -212,8 +213,11 @@ def _logprob(token_id: int, num_top: int) -> TokenLogprob:
 class ScriptedRouter:
     """Scores a text by the words in it: `math=0.9` scores the domain math with 0.9."""
 
+    max_tokens = 8
+
     def __init__(self, domains: tuple[str, ...] = ("chat", "code", "math")) -> None:
         self.domains = domains
+        self.stack_digests: dict[str, tuple[str, ...]] = {}
         self.texts: list[str] = []
 
     def route(self, text: str) -> Route:
@@ -293,9 +297,11 @@ def run_live_server(
     metrics, versions, may_load = ServerMetrics(version="0", base=BASE), Versions(), threading.Event()
     may_load.set()
 
+    loader = DomainLoader(registry, versions, metrics, dtype=torch.float32, device=torch.device("cpu"))
+
     def load(key: str) -> ResidentDomain:
         may_load.wait(WAIT_SECONDS)
-        return load_domain(registry, versions.entry(key), dtype=torch.float32, device=torch.device("cpu"))
+        return loader(key)
 
     one_domain = registry.resident_bytes(registry.manifest.domains[0], torch.float32)
     budget_bytes = int(one_domain * budget_domains)

@@ -64,6 +64,20 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+@functools.cache
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama 2, TinyLlama and Gemma have it: words with a leading ▁, unknown characters as bytes."""
+    words = ["▁hello", "▁world", "▁", "é"]
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    vocabulary |= {word: len(vocabulary) + index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    replace, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
 def _save(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -46,5 +46,7 @@ def router(
 
 def _settle_threads(threads: int | None) -> None:
     """Sets OpenMP up before torch is imported: large products, so waiting threads spin only briefly."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads or os.cpu_count() or 1))
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -3,7 +3,7 @@
 TrainingError
 ├── RecipeInvalid     a recipe file has a missing, unknown or impossible setting
 ├── BadRecord         a data record cannot be used; names file, line and field
-└── TrainingDiverged  no validation loss was finite, so there is no stack to keep
+└── TrainingDiverged  a loss was not finite, or no evaluation beat the base: there is nothing to keep
 """
 
 
@@ -20,4 +20,4 @@ class BadRecord(TrainingError):
 
 
 class TrainingDiverged(TrainingError):
-    """No validation loss was finite: there is no stack worth keeping."""
+    """A loss was not finite, or no evaluation beat the base: there is nothing worth keeping."""

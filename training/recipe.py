@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from stack_store.errors import DomainNameInvalid
+from stack_store.manifest import require_domain_name
 from training.errors import RecipeInvalid
 
 Positive = Annotated[int, Field(gt=0)]
@@ -58,7 +60,7 @@ class RouterSection(_Section):
     epochs: Positive = 8
     batch_size: Positive = 16
     learning_rate: PositiveFloat = 8e-4
-    floor_domain: str = "chat"
+    floor_domain: str | None = None  # default: chat, if it is a domain of the recipe
     floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.20
     threshold: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.12
 
@@ -85,6 +87,10 @@ class RecipeFile(_Section):
     @model_validator(mode="after")
     def _check(self) -> "RecipeFile":
         names = [domain.name for domain in self.domains]
+        for name in names:
+            require_domain_name(name)
+        if self.router.floor_domain not in (None, *names):
+            raise ValueError(f"router.floor_domain {self.router.floor_domain!r} is none of the domains {names}")
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
             raise ValueError(f"domain names repeat: {sorted(repeated)}")
@@ -112,4 +118,9 @@ def read_recipe(path: Path) -> Recipe:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
         raise RecipeInvalid(f"{path}: {faults}") from error
+    except DomainNameInvalid as error:
+        raise RecipeInvalid(f"{path}: {error}") from error
+    for name in (name for domain in settings.domains for name in domain.files):
+        if not (path.parent / name).is_file():
+            raise RecipeInvalid(f"{path}: there is no file {str(path.parent / name)!r}")
     return Recipe(settings, path.parent, hashlib.sha256(text).hexdigest())

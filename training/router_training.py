@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from router.features import pad_features
 from router.network import DROPOUT, HIDDEN_DIM, MetaRouter
 from router.policy import RoutingPolicy
+from training.errors import TrainingDiverged
 from training.router_data import split_by_prompt
 
 
@@ -153,7 +154,7 @@ def train_router(
 ) -> TrainedRouter:
     """Train on one share of the prompts, keep the epoch that is best on the others. Global random state is left alone.
 
-    FloatingPointError if a loss is not finite, with the step at which it happened.
+    TrainingDiverged if a loss is not finite, with the step at which it happened.
     """
     device = torch.device(device)
     train_rows, validation_rows = split_by_prompt(
@@ -216,7 +217,7 @@ def _train_steps(
         network.train()
         loss = router_loss(network(features, mask), targets, margin=recipe.margin, margin_weight=recipe.margin_weight)
         if not loss.isfinite():
-            raise FloatingPointError(f"the router's loss is {loss.item()} at step {step} of {num_steps}")
+            raise TrainingDiverged(f"the router's loss is {loss.item()} at step {step} of {num_steps}")
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         clip_grad_norm_(network.parameters(), recipe.max_gradient_norm)

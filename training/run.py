@@ -22,6 +22,7 @@ from training.router_training import RouterExamples, RouterProgress, RouterRecip
 from training.stack_training import Progress, TrainedStack
 
 REPORTS_FOLDER = "reports"
+DEFAULT_FLOOR_DOMAIN = "chat"
 
 
 def load_training_base(recipe: Recipe) -> Base:
@@ -137,7 +138,8 @@ def train_label_router(
 def routing_policy(recipe: Recipe) -> RoutingPolicy:
     """The policy that the router file will carry."""
     section = recipe.settings.router
-    return RoutingPolicy(floor_domain=section.floor_domain, floor=section.floor, threshold=section.threshold)
+    floor_domain = section.floor_domain or DEFAULT_FLOOR_DOMAIN  # a policy ignores a floor domain that is not there
+    return RoutingPolicy(floor_domain=floor_domain, floor=section.floor, threshold=section.threshold)
 
 
 def register_router(

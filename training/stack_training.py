@@ -117,7 +117,9 @@ def train_stack(
         if stop or not math.isfinite(loss):
             break
     guard.restore(stack)
-    _validate(base, stack, validation[:8], settings)  # leaves each group's expert shares of noise-free data
+    if guard.best_loss == base_loss:
+        raise TrainingDiverged(f"no evaluation was better than the base: {losses}; the stack is not kept")
+    _validate(base, stack, validation[:1], settings)  # leaves each group's expert shares, without noise
     shares = torch.stack([g.expert_share.mean(0) for g in stack.all_groups() if g.expert_share is not None]).mean(0)
     return TrainedStack(
         stack, base_loss, guard.best_loss, step, tuple(losses), (shares.min().item(), shares.max().item())
@@ -133,7 +135,7 @@ def _train_step(
 ) -> float:
     """One optimiser step on one batch; returns the mean answer loss, without the load-balance term."""
     stack.train()
-    loss_sum, tokens = answer_loss_sum(base, batch)
+    loss_sum, tokens = answer_loss_sum(base, stack, batch)
     loss = loss_sum / tokens
     (loss + settings.aux_weight * stack.aux_loss()).backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(stack.parameters(), settings.clip_norm)
@@ -144,7 +146,7 @@ def _train_step(
 
 def _validate(base: Base, stack: MoeLoraStack, examples: Sequence[Example], settings: TrainingSection) -> float:
     stack.eval()  # noise off
-    return mean_answer_loss(base, examples, max_tokens=settings.tokens_per_step)
+    return mean_answer_loss(base, stack, examples, max_tokens=settings.tokens_per_step)
 
 
 def _warmup_cosine(step: int, settings: TrainingSection) -> float:

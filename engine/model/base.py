@@ -23,6 +23,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
@@ -95,19 +96,20 @@ def load_base(
 
     Raises BaseUnsupported that names the folder, the projection or the setting at fault.
     """
-    chosen_device = _choose_device(device)
+    chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     chosen_format = _choose_format(base_format, chosen_device, chosen_dtype)
     source = find_base(spec, cache_dir=cache_dir or default_cache_dir())
-    model = _load_model(source, chosen_format, chosen_dtype, chosen_device, attention)
-    tokenizer = AutoTokenizer.from_pretrained(source.location)
+    model, tokenizer = _load_parts(source, chosen_format, chosen_dtype, chosen_device, attention)
     sites = find_projections(model)
     if chosen_format == "nf4-dense":
         _dequantize(sites, chosen_dtype)
     model.requires_grad_(False)
     model.eval()
     text_config = model.config.get_text_config()
-    logger.info("base loaded id=%s format=%s dtype=%s device=%s", source.model_id, chosen_format, chosen_dtype, device)
+    logger.info(
+        "base loaded id=%s format=%s dtype=%s device=%s", source.model_id, chosen_format, chosen_dtype, chosen_device
+    )
     return Base(
         model=model,
         decoder=model.get_decoder(),
@@ -173,10 +175,17 @@ def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or _cpu_multiplies_bfloat16() else torch.float32
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is one. Raises BaseUnsupported for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BaseUnsupported(f"device {name!r} is unknown: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BaseUnsupported(f"device {name!r} was asked for, but torch {torch.__version__} sees no CUDA device")
+    return device
 
 
 def _choose_format(name: BaseFormat, device: torch.device, dtype: torch.dtype) -> str:
@@ -202,7 +211,9 @@ def _find_embedded(cache_dir: Path) -> BaseSource:
     if gguf is None:
         raise BaseUnsupported(f"package {EMBEDDED_PACKAGE!r} holds no .gguf file in {Path(package.origin).parent}")
     model_id = f"{EMBEDDED_ID}:{gguf.stem.rpartition('.')[2]}"
-    return BaseSource(str(_convert_gguf(gguf, model_id, cache_dir / "bases" / gguf.stem)), model_id)
+    # The size tells another file of the same name; hashing it would cost every start.
+    target = cache_dir / "bases" / f"{gguf.stem}-{gguf.stat().st_size}"
+    return BaseSource(str(_convert_gguf(gguf, model_id, target)), model_id)
 
 
 def _convert_gguf(gguf: Path, model_id: str, target: Path) -> Path:
@@ -232,7 +243,10 @@ def _recorded_id(folder: Path) -> str | None:
     return str(json.loads(identity.read_text())["model_id"]) if identity.is_file() else None
 
 
-def _load_model(source: BaseSource, base_format: str, dtype: torch.dtype, device: torch.device, attention: str) -> Any:
+def _load_parts(
+    source: BaseSource, base_format: str, dtype: torch.dtype, device: torch.device, attention: str
+) -> tuple[Any, Any]:
+    """Model and tokenizer, as transformers loads them."""
     options: dict[str, Any] = {}
     if base_format != "dense":
         options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
@@ -243,7 +257,8 @@ def _load_model(source: BaseSource, base_format: str, dtype: torch.dtype, device
         )
     try:
         config = AutoConfig.from_pretrained(source.location)
-        return AutoModelForCausalLM.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(source.location)
+        model = AutoModelForCausalLM.from_pretrained(
             source.location,
             config=config,
             dtype=dtype,
@@ -251,8 +266,9 @@ def _load_model(source: BaseSource, base_format: str, dtype: torch.dtype, device
             attn_implementation=attention,
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise BaseUnsupported(f"base {source.location!r} cannot be loaded: {error}") from error
+    return model, tokenizer
 
 
 def _dequantize(sites: tuple[ProjectionSite, ...], dtype: torch.dtype) -> None:

@@ -81,8 +81,8 @@ class MoeLoraGroup(nn.Module):
         self.aux_loss: Tensor | None = None  # of the latest forward in train mode, mean over the projections
         self.expert_share: Tensor | None = None  # (P, E) share of the assignments in the latest forward
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """(T, I) -> P tensors (T, O), in x's dtype."""
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> list[Tensor]:
+        """(T, I) -> P tensors (T, O), in x's dtype. `token_mask` (T,) bool leaves padding out of the balance."""
         p, e, r = self.a.shape[0], self.config.num_experts, self.config.rank
         weights = [self.a.reshape(p * e * r, -1), self.gate.reshape(p * e, -1)]
         if self.training:
@@ -94,9 +94,10 @@ class MoeLoraGroup(nn.Module):
             deviation = F.softplus(products[:, p * e * (r + 1) :].reshape(-1, p, e).float())
             logits = logits + deviation * torch.randn_like(deviation)
         gate = top_k_gate(logits, self.config.top_k)  # (T, P, E)
-        self.expert_share = (gate.detach() > 0).float().mean(dim=0) / self.config.top_k
+        real_logits, real_gate = (logits, gate) if token_mask is None else (logits[token_mask], gate[token_mask])
+        self.expert_share = (real_gate.detach() > 0).float().mean(dim=0) / self.config.top_k
         if self.training:
-            by_projection = (logits.transpose(0, 1), gate.transpose(0, 1))  # (P, T, E) each
+            by_projection = (real_logits.transpose(0, 1), real_gate.transpose(0, 1))  # (P, T, E) each
             self.aux_loss = load_balance_loss(*by_projection, self.config.top_k).mean()
         weighted = (mid * (gate * self.config.scale).to(x.dtype).unsqueeze(-1)).flatten(2)  # (T, P, E*R)
         return [weighted[:, i] @ b.to(x.dtype) for i, b in enumerate(self.b)]
@@ -118,6 +119,7 @@ class MoeLoraStack(nn.Module):
     def __init__(self, geometry: Geometry, config: MoeLoraConfig) -> None:
         super().__init__()
         self.config = config
+        self.token_mask: Tensor | None = None  # (T,) bool of the running batch: which tokens are not padding
         self.groups = nn.ModuleDict(
             {
                 f"{layer}_{group}": MoeLoraGroup(
@@ -161,16 +163,14 @@ class TrainingDeltas:
 
     def __init__(self, stack: MoeLoraStack) -> None:
         self.stack = stack
-        self.enabled = True  # off: exactly the base
         self._pending: list[Tensor] = []
         self._input: Tensor | None = None
 
     def add_delta(self, y: Tensor, x: Tensor, layer: int, group: str, index: int) -> Tensor:
         """(..., O), (..., I) -> (..., O): y plus the delta of the stack being trained."""
-        if not self.enabled:
-            return y
         if self._input is not x or index == 0:
-            self._input, self._pending = x, self.stack.group(layer, group)(x.reshape(-1, x.shape[-1]))
+            module = self.stack.group(layer, group)
+            self._input, self._pending = x, module(x.reshape(-1, x.shape[-1]), self.stack.token_mask)
         delta = self._pending[index]
         if index == len(self._pending) - 1:
             self._input, self._pending = None, []
@@ -218,8 +218,22 @@ def serving_stack(
         rank=header.rank,
         top_k=header.top_k,
         scale=header.scale,
-        groups=_carve(host.to(device, non_blocking=True), header),
+        groups=_carve(_to_device(host, device), header),
     )
+
+
+def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; on CUDA copied in the current stream, into memory of the default stream.
+
+    Memory belongs to the stream it was allocated in, and only that stream gets it back when it is freed.
+    """
+    if device.type != "cuda":
+        return host.to(device)
+    default = torch.cuda.default_stream(device)
+    with torch.cuda.stream(default):
+        target = torch.empty_like(host, device=device)
+    torch.cuda.current_stream(device).wait_stream(default)
+    return target.copy_(host, non_blocking=True)
 
 
 def _carve(memory: Tensor, header: StackHeader) -> dict[GroupKey, ServingGroup]:

@@ -41,6 +41,7 @@ class ServerProcess:
             "BRAINSTACKS_SERVER__PORT": str(self.port),
             "BRAINSTACKS_SERVER__ADMIN_KEY": ADMIN_KEY,
             "BRAINSTACKS_STORE__PATH": str(store),
+            "BRAINSTACKS_ENGINE__DTYPE": "float32",  # in which a text does not depend on who shares the batch
             **{f"BRAINSTACKS_{name.upper()}": str(value) for name, value in settings.items()},
         }
         # The server chooses its own; those of the test run are for the test run.
@@ -57,12 +58,15 @@ class ServerProcess:
         deadline = time.monotonic() + START_SECONDS
         while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() > deadline:
+                self._process.kill()
                 raise AssertionError(f"the server did not start:\n{self._log.read_text()[-4000:]}")
             time.sleep(0.1)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.stop()
+        self.openai.close()
+        self.http.close()
 
     def stop(self) -> int:
         """SIGTERM, then the exit status."""

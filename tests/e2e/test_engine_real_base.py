@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.engine import Engine
-from engine.model.base import load_base
+from engine.model.base import find_base, load_base
 from engine.model.moe_lora import MoeLoraConfig
 from engine.slots import load_domain
 from engine.types import SamplingParams
@@ -104,3 +104,12 @@ def test_served_logprobs_equal_a_slow_forward_of_the_real_base(client: Client, r
     for position, answer in enumerate(got.logprobs, len(ids) - 1):
         for token, logprob in answer.top:
             assert logprob == pytest.approx(expected[position, token].item(), abs=2e-3)
+
+
+def test_the_embedded_base_is_converted_once_and_then_loaded(tmp_path: Path) -> None:
+    first = find_base(None, cache_dir=tmp_path)
+    files = {path.name: path.stat().st_mtime_ns for path in Path(first.location).iterdir()}
+    assert "model.safetensors" in files
+    assert find_base(None, cache_dir=tmp_path) == first
+    assert {path.name: path.stat().st_mtime_ns for path in Path(first.location).iterdir()} == files
+    assert [path.name for path in Path(first.location).parent.iterdir()] == [Path(first.location).name]

@@ -143,3 +143,19 @@ def test_a_recorded_identity_goes_with_the_folder(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "anywhere")
     (folder / "brainstacks_base.json").write_text(json.dumps({"model_id": "acme/clinic-1b"}))
     assert load_base(str(folder), base_format="dense", dtype="float32").fingerprint.startswith("acme/clinic-1b@")
+
+
+def test_a_device_that_is_not_there_is_refused_by_name(tiny_base_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(BaseUnsupported, match="gpu"):
+        load_base(str(tiny_base_folder("llama")), device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(BaseUnsupported, match="cuda"):
+            load_base(str(tiny_base_folder("llama")), device="cuda")
+
+
+def test_a_damaged_base_is_refused_by_name(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "damaged")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BaseUnsupported, match="damaged"):
+        load_base(str(folder), base_format="dense", dtype="float32")

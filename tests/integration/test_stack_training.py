@@ -86,13 +86,13 @@ def test_gradients_are_the_same_before_and_after_an_evaluation(base: Base) -> No
         stack.train()
         stack.zero_grad()
         torch.manual_seed(0)  # the same noise
-        loss, count = answer_loss_sum(base, data[:4])
+        loss, count = answer_loss_sum(base, stack, data[:4])
         (loss / count + 0.01 * stack.aux_loss()).backward()  # type: ignore[no-untyped-call]
         return [p.grad.clone() for p in stack.parameters() if p.grad is not None]
 
     before = gradients()
     stack.eval()
-    mean_answer_loss(base, data, max_tokens=128)
+    mean_answer_loss(base, stack, data, max_tokens=128)
     after = gradients()
     assert len(before) == len(list(stack.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -112,7 +112,8 @@ def test_loss_counts_answer_tokens_only_and_ignores_batch_and_padding(base: Base
             total -= float(logits[position - 1, example.token_ids[position]])
             count += 1
     for max_tokens in (1, 64, 4096):
-        assert mean_answer_loss(base, data, max_tokens=max_tokens) == pytest.approx(total / count, rel=1e-5)
+        loss = mean_answer_loss(base, MoeLoraStack(base.geometry, CONFIG), data, max_tokens=max_tokens)
+        assert loss == pytest.approx(total / count, rel=1e-5)
 
 
 def test_the_stack_that_is_served_is_the_stack_that_was_evaluated(base: Base, tmp_path: Path) -> None:
@@ -173,3 +174,28 @@ def test_a_stack_without_a_finite_loss_is_not_kept(base: Base) -> None:
     assert guard.observe(math.nan, stack_with(1.0, base))
     with pytest.raises(TrainingDiverged):
         guard.restore(stack_with(1.0, base))
+
+
+def test_training_that_never_beats_the_base_is_an_error(base: Base) -> None:
+    hopeless = TrainingSection(steps=4, tokens_per_step=256, learning_rate=1e18, warmup_steps=1, eval_every=2)
+    with pytest.raises(TrainingDiverged, match="better than the base"):
+        train(base, settings=hopeless)
+
+
+def test_padding_does_not_count_in_the_load_balance(base: Base) -> None:
+    data = sorted(examples(base), key=lambda e: len(e.token_ids))
+    stack = MoeLoraStack(base.geometry, CONFIG).eval()
+    inject(base.sites, TrainingDeltas(stack))
+
+    def shares(batch: list[Example]) -> torch.Tensor:
+        with torch.no_grad():
+            answer_loss_sum(base, stack, batch)
+        share = stack.group(0, "qkv").expert_share
+        assert share is not None
+        return share
+
+    short, long = data[0], Example(data[-1].token_ids * 4, data[-1].prompt_length)
+    lengths = torch.tensor([len(short.token_ids), len(long.token_ids)], dtype=torch.float32)
+    alone = torch.stack([shares([short]), shares([long])])
+    expected = (alone * (lengths / lengths.sum()).view(2, 1, 1)).sum(0)
+    torch.testing.assert_close(shares([short, long]), expected, atol=1e-5, rtol=0)

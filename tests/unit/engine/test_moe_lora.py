@@ -15,6 +15,7 @@ from engine.model.moe_lora import (
     ServingDeltas,
     ServingStack,
     StackPack,
+    TrainingDeltas,
     load_balance_loss,
     serving_stack,
     top_k_gate,
@@ -140,12 +141,16 @@ def test_noise_acts_in_train_mode_only() -> None:
     assert torch.equal(group(x)[0], group(x)[0])
 
 
-def test_serving_form_is_deterministic_while_another_stack_trains() -> None:
+def test_serving_form_is_deterministic_while_another_stack_trains_beside_it() -> None:
     config = MoeLoraConfig(num_experts=4, rank=2)
     served = to_serving(GEOMETRY, config, random_projections(GEOMETRY, config, seed=1))
     x = {width: torch.randn(5, width) for width in (12, 20)}
     before = all_deltas([served], x, torch.ones(5, 1))
-    MoeLoraStack(GEOMETRY, config).train()
+    training = TrainingDeltas(MoeLoraStack(GEOMETRY, config).train())
+    for group, members in INPUT_GROUPS.items():
+        for index, name in enumerate(members):
+            width, out_features = GEOMETRY.shapes[name]
+            training.add_delta(torch.zeros(5, out_features), x[width], 0, group, index)  # draws noise
     after = all_deltas([served], x, torch.ones(5, 1))
     assert all(torch.equal(before[name], after[name]) for name in before)
 

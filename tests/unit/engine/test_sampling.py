@@ -55,6 +55,24 @@ def test_a_row_draws_the_same_in_any_company() -> None:
     assert got == expected
 
 
+def test_an_unrestricted_row_draws_the_same_beside_a_restricted_one() -> None:
+    alone, joint = row(seed=7), row(seed=7)
+    expected = [sample(LOGITS.unsqueeze(0).clone(), [alone])[0] for _ in range(30)]
+    got = [sample(LOGITS.repeat(2, 1), [joint, other])[0] for other in [row(top_p=0.9, seed=1)] * 30]
+    assert got == expected
+
+
+def test_negative_seeds_are_seeds_of_their_own() -> None:
+    minus, plus = row(seed=-1), row(seed=1)
+    drawn = [[sample(LOGITS.unsqueeze(0).clone(), [r])[0] for _ in range(40)] for r in (minus, plus)]
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-37}, {"temperature": 1e-4}, {"top_p": 1e-46}])
+def test_the_smallest_parameters_are_greedy(options: dict[str, float]) -> None:
+    assert sample(LOGITS.unsqueeze(0) * 20, [row(seed=1, **options)]) == [1]  # type: ignore[arg-type]
+
+
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens() -> None:
     logits = LOGITS.clone()
     sampler = row(prompt={1, 3}, repetition_penalty=2.0)

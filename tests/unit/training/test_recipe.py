@@ -11,6 +11,7 @@ GOOD = 'seed = 1\n[stack]\nrank = 4\n[[domains]]\nname = "math"\nfiles = ["math.
 
 
 def written(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "math.jsonl").touch()
     path = tmp_path / "recipe.toml"
     path.write_text(text)
     return path
@@ -35,6 +36,9 @@ def test_a_recipe_knows_its_folder_and_the_digest_of_its_text(tmp_path: Path) ->
         ("seed = 1\n", "domains"),
         ("seed = ", "not TOML"),
         (GOOD.replace('["math.jsonl"]', "[]"), "files"),
+        (GOOD.replace("math.jsonl", "maths.jsonl"), "maths.jsonl"),
+        (GOOD.replace('name = "math"', 'name = "../Math"'), "../Math"),
+        ('[router]\nfloor_domain = "chta"\n' + GOOD.replace("seed = 1\n", ""), "chta"),
     ],
 )
 def test_a_bad_recipe_is_refused_by_name(text: str, named: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from router.network import MetaRouter
 from router.policy import RoutingPolicy
 from router.router import Router
 from tests.fakes import TableHiddenStates, word_tokenizer
+from training.errors import TrainingDiverged
 from training.router_data import label_targets, normalise_prompt, split_by_prompt
 from training.router_training import (
     RouterExamples,
@@ -148,7 +149,7 @@ def test_soft_targets_are_learnt() -> None:
 def test_a_loss_that_is_not_finite_stops_the_training() -> None:
     examples = separable_examples()
     broken = dataclasses.replace(examples, features=[features * torch.nan for features in examples.features])
-    with pytest.raises(FloatingPointError, match="loss is nan at step 1 of"):
+    with pytest.raises(TrainingDiverged, match="loss is nan at step 1 of"):
         train(broken)
 
 
