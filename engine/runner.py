@@ -101,7 +101,7 @@ class Runner:
                 for stack in domain.stacks:
                     weights[index, column[stack]] += weight
         counts = torch.tensor([row.num_tokens for row in rows])
-        self._deltas.current = self._pack.step(weights.repeat_interleave(counts, dim=0).to(self.base.device))
+        self._deltas.current = self._pack.step(weights.repeat_interleave(counts, dim=0))
 
     def _output(self, rows: Rows[ScheduledRow], spans: Rows[RowSpan], hidden: Tensor) -> StepOutput:
         sampled = [(row.sequence, span) for row, span in zip(rows, spans, strict=True) if row.is_sampled]

@@ -35,7 +35,7 @@ from stack_store.header import Geometry as Geometry
 from stack_store.header import StackHeader as StackHeader
 from stack_store.header import from_metadata, to_metadata
 from stack_store.int8 import dequantise_rows, quantise_rows
-from stack_store.tensor_file import LENGTH_BYTES, TensorFile
+from stack_store.tensor_file import LENGTH_BYTES, TensorFile, is_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +149,12 @@ class OpenStack:
     def _load_rows(self, stored: dict[str, Tensor], name: str, widths: list[int], dtype: torch.dtype) -> Tensor:
         values = stored.pop(name)  # popped, so that stored and restored values are never all held at once
         if self.header.weights == "int8":
-            scales = stored.pop(f"{name}_scale").view(-1, len(widths))
+            scales = self._finite(stored.pop(f"{name}_scale"), f"{name}_scale").view(-1, len(widths))
             values = dequantise_rows(values, scales, widths, dtype)
         return self._finite(values.to(dtype), name)
 
     def _finite(self, values: Tensor, name: str) -> Tensor:
-        if not torch.isfinite(values).all():
+        if not is_finite(values):
             raise self._file.invalid(f"tensor {name!r} holds a value that is not finite in {values.dtype}")
         return values
 

@@ -68,12 +68,11 @@ class TensorFile:
         return StackInvalid(f"{self.name}: {fault}")
 
     def load(self) -> tuple[dict[str, Tensor], str]:
-        """All tensors, and the sha256 of the file's bytes in hex."""
+        """All tensors, and the sha256 of the file's bytes in hex. Whether they are finite is left to the caller."""
         tensors = {}
         for entry in self.entries:
             tensor = torch.empty(entry.shape, dtype=entry.dtype)
             self._read_into(tensor.view(-1).view(torch.uint8).numpy().data, entry.name)
-            self._require_finite(tensor, entry.name)
             tensors[entry.name] = tensor
         return tensors, self._hash.hexdigest()
 
@@ -151,8 +150,14 @@ class TensorFile:
         self._hash.update(target)
 
     def _require_finite(self, values: Tensor, name: str) -> None:
-        if values.is_floating_point() and not torch.isfinite(values).all():
+        if values.is_floating_point() and not is_finite(values):
             raise self.invalid(f"tensor {name!r} holds a value that is not finite")
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether every value is finite; least and greatest tell, and NaN is both where there is one."""
+    least, greatest = torch.aminmax(values)
+    return math.isfinite(least.item()) and math.isfinite(greatest.item())
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -302,11 +302,16 @@ class StackPack:
         )
 
     def step(self, row_weights: Tensor) -> "PackStep":
-        """Binds the pack to one batch. `row_weights` (T, S) float32: each token's weight of each stack, 0 for none."""
+        """Binds the pack to one batch. `row_weights` (T, S) float32 on the CPU: each token's weight of each stack.
+
+        0 means that the token does not use the stack.
+        """
+        everybody = bool(row_weights.ne(0).all())  # known here, on the CPU: asking the device would wait for it
+        weights = row_weights.to(self.scales.device)
         return PackStep(
             pack=self,
-            scaled_weights=(row_weights * self.scales).unsqueeze(1).unsqueeze(-1),
-            in_use=row_weights.ne(0)[:, self.stack_of_row].unsqueeze(1),
+            scaled_weights=(weights * self.scales).unsqueeze(1).unsqueeze(-1),
+            in_use=None if everybody else weights.ne(0)[:, self.stack_of_row].unsqueeze(1),
         )
 
 
@@ -316,7 +321,7 @@ class PackStep:
 
     pack: StackPack
     scaled_weights: Tensor  # (T, 1, S, 1): row weight times scale
-    in_use: Tensor  # (T, 1, C) bool
+    in_use: Tensor | None  # (T, 1, C) bool; None if every token uses every stack
 
     def weighted_mid(self, x: Tensor, key: GroupKey) -> Tensor:
         """(T, I) -> (P, T, C): the A products of a group, times gate, scale and row weight."""
@@ -328,8 +333,11 @@ class PackStep:
         gate = self._gate(logits.reshape(-1, p, pack.num_stacks, pack.max_experts))  # (T, P, S, E)
         factor = (gate * self.scaled_weights).flatten(2).to(x.dtype)  # (T, P, X)
         per_row = factor.index_select(-1, pack.expert_of_row)  # (T, P, C)
-        # Not only a product: 0 * inf would let a broken stack reach rows that do not use it.
-        return torch.where(self.in_use, mid * per_row, 0.0).transpose(0, 1)
+        weighted = mid * per_row
+        if self.in_use is not None:
+            # Not left to the product: 0 * inf would let a broken stack reach rows that do not use it.
+            weighted = torch.where(self.in_use, weighted, 0.0)
+        return weighted.transpose(0, 1)
 
     def _gate(self, logits: Tensor) -> Tensor:
         pack = self.pack

@@ -1,0 +1,112 @@
+"""Measures what loads do to a running stream: time per token over HTTP, alone and while other domains are loaded.
+
+    python -m tests.benchmarks.stalls [--tokens N] [--loads-per-second N]
+
+Starts a server with the demo store and room for two domains, so that every prefetch of another domain is a load.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+from tests.e2e.server_process import ServerProcess
+
+DEMO_STORE = Path(__file__).parents[2] / "demo" / "store"
+OTHERS = ("chat", "code", "medical", "reasoning")
+
+
+def main() -> None:
+    """Starts the server, measures, prints."""
+    parser = argparse.ArgumentParser(description="Time per token while domains are loaded.")
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--loads-per-second", type=float, default=10.0)
+    arguments = parser.parse_args()
+    manifest = json.loads((DEMO_STORE / "manifest.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        shutil.copytree(DEMO_STORE, store)
+        # A resident domain takes at most four bytes where its int8 file takes one.
+        budget = 8 * max(stack["bytes"] for domain in manifest["domains"] for stack in domain["stacks"])
+        with ServerProcess(store, Path(folder) / "log", store__device_budget_bytes=budget) as server:
+            result = measure(server, arguments.tokens, arguments.loads_per_second)
+    for name, values in result.items():
+        print(f"{name:24} median {values['median']:6.1f} ms  p99 {values['p99']:6.1f} ms  loads {values['loads']:.0f}")
+    print(json.dumps(result))
+
+
+def measure(server: ServerProcess, tokens: int, loads_per_second: float) -> dict[str, dict[str, float]]:
+    """Milliseconds per token of each case, by name."""
+    model = server.model
+    result = {}
+    token_gaps(server, f"{model}:math", 8)  # warms up
+    for mix in ("base", "math"):
+        result[f"{mix}, alone"] = summary(server, token_gaps(server, f"{model}:{mix}", tokens), 0.0)
+        before = loads_so_far(server)
+        with loading(server, loads_per_second):
+            gaps = token_gaps(server, f"{model}:{mix}", tokens)
+        result[f"{mix}, beside loads"] = summary(server, gaps, before)
+    return result
+
+
+def summary(server: ServerProcess, gaps: list[float], loads_before: float) -> dict[str, float]:
+    """Median and 99th percentile in milliseconds, and how many loads ran meanwhile."""
+    loads = loads_so_far(server) - loads_before if loads_before else 0.0
+    ordered = sorted(gaps)
+    return {
+        "median": 1000 * statistics.median(ordered),
+        "p99": 1000 * ordered[int(0.99 * (len(ordered) - 1))],
+        "loads": loads,
+    }
+
+
+def loads_so_far(server: ServerProcess) -> float:
+    """Loads that the server has made."""
+    return server.metric("brainstacks_stack_load_seconds_count")
+
+
+def token_gaps(server: ServerProcess, model: str, tokens: int) -> list[float]:
+    """Seconds between the pieces of one streamed answer."""
+    times = []
+    for chunk in server.openai.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "Tell me about the sea."}],
+        max_tokens=tokens,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    ):
+        if chunk.choices and chunk.choices[0].delta.content:
+            times.append(time.perf_counter())
+    return [later - earlier for earlier, later in pairwise(times)]
+
+
+@contextmanager
+def loading(server: ServerProcess, per_second: float) -> Iterator[None]:
+    """Prefetches one domain after the other while the block runs."""
+    done = threading.Event()
+
+    def churn() -> None:
+        turn = 0
+        while not done.wait(1 / per_second):
+            server.admin("POST", f"/admin/domains/{OTHERS[turn % len(OTHERS)]}/prefetch")
+            turn += 1
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
