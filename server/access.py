@@ -66,12 +66,14 @@ def _guarded(handler: Callable[[Request], Awaitable[Response]], guard: Guard) ->
     return handle
 
 
-def _bearer(request: Request) -> str:
+def _bearer(request: Request) -> str | None:
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
+    return key.strip() or None if scheme.lower() == "bearer" else None
 
 
-def _is_any_of(given: str, keys: Sequence[str]) -> bool:
+def _is_any_of(given: str | None, keys: Sequence[str]) -> bool:
     """In a time that tells nothing about the keys: every one is compared, each in constant time."""
+    if given is None:
+        return False
     matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
     return any(matches)

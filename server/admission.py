@@ -11,6 +11,12 @@ class Admission:
         self.admitted = 0
 
     def admit(self, count: int) -> "Ticket":
+        """Raises what require_room does."""
+        self.require_room(count)
+        self.admitted += count
+        return Ticket(self, count)
+
+    def require_room(self, count: int) -> None:
         """QueueFull when the house is full; InvalidRequest for a request that could never come in."""
         if count > self.limit:
             raise InvalidRequest(
@@ -20,8 +26,6 @@ class Admission:
             raise QueueFull(
                 f"{self.admitted} sequences are running or waiting, the limit is {self.limit}; try again soon"
             )
-        self.admitted += count
-        return Ticket(self, count)
 
 
 class Ticket:

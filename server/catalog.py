@@ -7,7 +7,8 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -52,10 +53,11 @@ class LeasedMix:
     dropped: Mapping[str, float] = field(default_factory=dict)
     lease: Lease[ResidentDomain] | None = None
 
-    def release(self) -> None:
-        """Idempotent."""
+    def release(self) -> "LeasedMix":
+        """What can still be told once the hold has ended; this one would keep evicted tensors alive. Idempotent."""
         if self.lease is not None:
             self.lease.release()
+        return replace(self, domains=(), lease=None)
 
 
 class Catalog:
@@ -83,16 +85,23 @@ class Catalog:
         try:
             num_bytes = self.registry.resident_bytes(entry, self.dtype)
         except (StoreError, OSError) as error:
-            raise LoadFailed(f"domain {entry.name!r} cannot be read: {error}") from error
+            logger.error("domain damaged name=%s version=%s error=%s", entry.name, entry.version, error)
+            raise LoadFailed(f"domain {entry.name!r} cannot be read") from error
         return Want(self.versions.key(entry), num_bytes)
 
     def read_headers(self) -> None:
         """Reads what later calls need to know of the domains. One that is damaged is logged: the others still serve."""
         for entry in self.registry.manifest.domains:
-            try:
+            with suppress(LoadFailed):
                 self.want(entry)
-            except LoadFailed as error:
-                logger.error("domain damaged name=%s version=%s error=%s", entry.name, entry.version, error)
+
+    def largest_bytes(self) -> int:
+        """What the largest registered domain takes when it is resident, damaged ones aside; 0 without any."""
+        num_bytes = [0]
+        for entry in self.registry.manifest.domains:
+            with suppress(LoadFailed):
+                num_bytes.append(self.want(entry).bytes)
+        return max(num_bytes)
 
     def weights_of(self, choice: MixChoice, routed: Mapping[str, float]) -> dict[str, float]:
         """The weights to lease. DomainNotFound for an unknown domain that a request named itself.

@@ -18,14 +18,18 @@ from transformers.utils.logging import disable_progress_bar
 from engine.engine import Engine
 from engine.model.base import Base, load_base
 from engine.model.hidden import hidden_states
-from engine.slots import ResidentDomain, load_domain
+from engine.slots import ResidentDomain
 from router.checkpoint import RouterCheckpoint
+from router.errors import CheckpointIncompatible
 from router.router import Router
 from server.admission import Admission
 from server.app import create_app
 from server.catalog import Catalog, Versions
-from server.config import Settings
+from server.config import Settings, demo_store_path
+from server.demo_store import seed_store
+from server.domain_loader import DomainLoader
 from server.errors import ConfigInvalid
+from server.live_router import LiveRouter, warn_of_stale_domains
 from server.memory import available_memory_bytes
 from server.metrics import ServerMetrics
 from server.prompts import PromptReader
@@ -61,6 +65,9 @@ def compose_app(settings: Settings) -> FastAPI:
 
 def compose_app_for(base: Base, settings: Settings) -> FastAPI:
     """As `compose_app`, with a base that is loaded already."""
+    demo = demo_store_path()
+    if settings.store.is_default_path and demo is not None:
+        seed_store(settings.store.path, demo)
     registry = _open_store(settings.store.path, base)
     engine = _make_engine(base, settings)
     metrics = ServerMetrics(version=_version(), base=base.model_id)
@@ -68,14 +75,16 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
     budget_bytes = settings.store.device_budget_bytes or available_memory_bytes(base.device) // AUTO_BUDGET_SHARE
     cache = ResidentCache[ResidentDomain](
         budget_bytes=budget_bytes,
-        load=lambda key: load_domain(registry, versions.entry(key), dtype=base.dtype, device=base.device),
+        load=DomainLoader(registry, versions, metrics, dtype=base.dtype, device=base.device),
         observer=metrics,
         executor=_one_threaded("stack-loader", settings.store.loader_threads),
     )
     metrics.cache_budget.labels("device").set(budget_bytes)
     catalog = Catalog(registry, cache, versions, dtype=base.dtype)
     catalog.read_headers()
+    _require_room(budget_bytes, catalog)
     routing = _make_routing(engine, base, registry)
+    warn_of_stale_domains(routing.router, registry.manifest.domains)
     service = Service(
         engine=engine,
         catalog=catalog,
@@ -118,10 +127,31 @@ def _one_threaded(name: str, count: int) -> ThreadPoolExecutor:
 def _open_store(path: Path, base: Base) -> StackRegistry:
     if (path / "manifest.json").is_file():
         return StackRegistry.open(path, base_fingerprint=base.fingerprint, geometry=base.geometry)
-    if path.exists() and any(path.iterdir()):
+    if not StackRegistry.is_unborn(path):
         raise ConfigInvalid(f"store.path: {str(path)!r} holds files but no manifest.json, so it is not a store")
     logger.info("store created path=%s", path)
     return StackRegistry.create(path, base_fingerprint=base.fingerprint, geometry=base.geometry)
+
+
+def _require_room(budget_bytes: int, catalog: Catalog) -> None:
+    largest_bytes = catalog.largest_bytes()
+    if budget_bytes < largest_bytes:
+        raise ConfigInvalid(
+            f"store.device_budget_bytes: the budget is {budget_bytes} bytes, the largest domain of the store needs "
+            f"{largest_bytes}"
+        )
+
+
+def _require_shape(checkpoint: RouterCheckpoint, base: Base, path: Path) -> None:
+    """A base of the right fingerprint has the right shape too, unless the file lies."""
+    token_dim, mid_layer = checkpoint.network.token_dim, checkpoint.settings.mid_layer
+    if token_dim != base.hidden_size:
+        raise CheckpointIncompatible(
+            f"router file {path} reads features of {token_dim} numbers, the base's hidden states have "
+            f"{base.hidden_size}"
+        )
+    if mid_layer > base.num_layers:
+        raise CheckpointIncompatible(f"router file {path} reads layer {mid_layer}, the base has {base.num_layers}")
 
 
 def _make_engine(base: Base, settings: Settings) -> Engine:
@@ -141,10 +171,13 @@ def _make_engine(base: Base, settings: Settings) -> Engine:
 
 
 def _make_routing(engine: Engine, base: Base, registry: StackRegistry) -> Routing:
-    def load_router(path: Path) -> Router:
+    def load_router(path: Path) -> LiveRouter:
         checkpoint = RouterCheckpoint.load(path, base_fingerprint=base.fingerprint)
+        _require_shape(checkpoint, base, path)
         features = partial(hidden_states, base, mid_layer=checkpoint.settings.mid_layer)
-        return Router.from_checkpoint(checkpoint, tokenizer=copy.deepcopy(base.tokenizer), hidden_states=features)
+        tokenizer = copy.deepcopy(base.tokenizer)
+        router = Router.from_checkpoint(checkpoint, tokenizer=tokenizer, hidden_states=features)
+        return LiveRouter(router, checkpoint.stack_digests)
 
     path = registry.router_path()
     if path is None:

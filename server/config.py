@@ -49,7 +49,19 @@ class ServerSettings(_Section):
     @field_validator("api_keys", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        keys = [part.strip() for part in value.split(",") if part.strip()]
+        if not keys:
+            raise ValueError("names no key; leave it out to ask for none")  # else commas alone would open the door
+        return keys
+
+    @field_validator("api_keys")
+    @classmethod
+    def _no_empty_key(cls, keys: list[str]) -> list[str]:
+        if any(not key.strip() for key in keys):
+            raise ValueError("a key must not be empty")
+        return keys
 
 
 class EngineSettings(_Section):
@@ -72,6 +84,11 @@ class StoreSettings(_Section):
     import_root: Path | None = Field(default=None, description="the only folder that admin calls may import files from")
     device_budget_bytes: int | None = Field(default=None, ge=1, description="default: a quarter of available memory")
     loader_threads: int = Field(default=2, ge=1, le=64)
+
+    @property
+    def is_default_path(self) -> bool:
+        """Whether nobody said where the store is."""
+        return "path" not in self.model_fields_set
 
 
 class LogSettings(_Section):
@@ -156,7 +173,13 @@ def _describe(error: ValidationError) -> Iterator[str]:
         yield f"{name}: {message}{shown}"
 
 
-def default_store_path() -> Path:
-    """The demo store of a checkout, else `./store`."""
+def demo_store_path() -> Path | None:
+    """The demo store of a checkout, which is part of its history and which nothing here changes."""
     demo = Path(__file__).resolve().parent.parent / "demo" / "store"
-    return demo if (demo / "manifest.json").is_file() else Path("store")
+    return demo if (demo / "manifest.json").is_file() else None
+
+
+def default_store_path() -> Path:
+    """`store` in the checkout that holds a demo store, else `./store`."""
+    demo = demo_store_path()
+    return Path("store") if demo is None else demo.parent.parent / "store"

@@ -12,12 +12,13 @@ from starlette.responses import JSONResponse, Response
 
 from engine.errors import EngineError
 from router.errors import RouterError
-from server.errors import ApiError, ServerError, answer_for, is_listed
+from server.errors import ApiError, ServerError, answer_for, is_internal
 from stack_store.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
 MAX_SHOWN_FAULTS = 5
+INTERNAL_MESSAGE = "internal error; the server's log has the traceback"
 
 FIELD_NAME = re.compile(r"[\w-]+")
 CODES_BY_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
@@ -35,9 +36,9 @@ def _encodable(text: str) -> str:
 
 
 def body_of(error: BaseException) -> dict[str, Any]:
-    """The error's own message when it was raised on purpose; nothing of its inside otherwise."""
+    """The error's own message, but nothing of what went wrong inside."""
     answer = answer_for(error)
-    message = str(error) if is_listed(error) else "internal error; the server's log has the traceback"
+    message = INTERNAL_MESSAGE if is_internal(error) else str(error)
     param = error.param if isinstance(error, ApiError) else None
     return error_body(message, status=answer.status, code=answer.code, param=param)
 
@@ -64,7 +65,7 @@ def install_handlers(app: FastAPI) -> None:
 
 
 async def _listed(request: Request, error: Exception) -> Response:
-    if answer_for(error).status == 500:
+    if is_internal(error):
         logger.error("request failed", exc_info=error)
     return response_to(error)
 

@@ -162,6 +162,6 @@ def answer_for(error: BaseException) -> Answer:
     return INTERNAL
 
 
-def is_listed(error: BaseException) -> bool:
-    """Whether the error was raised on purpose, so that its message is meant for a client."""
-    return any(cls in ERROR_TABLE for cls in type(error).__mro__)
+def is_internal(error: BaseException) -> bool:
+    """Whether the fault is the server's own: then its message, which may name files, is for the log and no client."""
+    return answer_for(error).status == 500

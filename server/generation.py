@@ -41,7 +41,7 @@ class PromptRun:
 
     plan: PromptPlan
     first_index: int  # of its choices among those of the whole request
-    leased: LeasedMix = field(default_factory=LeasedMix)
+    leased: LeasedMix  # until the lease is granted, the weights that are planned
     open_sequences: int = 0
     completion_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -70,7 +70,8 @@ class Generation:
         self._live: dict[int, str] = {}  # choice index -> the engine's request id
         self.runs: list[PromptRun] = []
         for plan in plans:
-            self.runs.append(PromptRun(plan, self.num_choices, seconds=dict(plan.seconds)))
+            planned = LeasedMix(weights=plan.weights)
+            self.runs.append(PromptRun(plan, self.num_choices, planned, seconds=dict(plan.seconds)))
 
     @property
     def num_choices(self) -> int:
@@ -171,7 +172,7 @@ class Generation:
     def _end_sequence(self, run: PromptRun) -> None:
         run.open_sequences -= 1
         if run.open_sequences == 0:
-            run.leased.release()
+            run.leased = run.leased.release()
             self._meter.prompt_done(run.seconds)
 
     def _account(self, run: PromptRun, event: FinishedEvent) -> None:

@@ -11,6 +11,7 @@ DEFAULT_COMPLETION_TOKENS = 16  # as in OpenAI's reference of /v1/completions
 async def read_chat_job(service: Service, request: ChatCompletionRequest) -> Job:
     """Renders, counts and checks. Everything that is wrong with the request is raised here."""
     choice = service.choose(request.model, request.brainstacks)
+    service.admission.require_room(request.n or 1)
     prompt = await service.reader.read_chat(request.messages)
     max_tokens = service.reader.fit(prompt, request.token_limit, param="messages")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
@@ -21,6 +22,7 @@ async def read_chat_job(service: Service, request: ChatCompletionRequest) -> Job
 async def read_completion_job(service: Service, request: CompletionRequest) -> Job:
     """As for chat; each prompt is counted on its own."""
     choice = service.choose(request.model, request.brainstacks)
+    service.admission.require_room(len(request.prompts) * (request.n or 1))  # before work is spent on the prompts
     prompts = []
     for text in request.prompts:
         prompts.append(await service.reader.read_text(text, add_special_tokens=request.add_special_tokens))

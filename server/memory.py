@@ -6,13 +6,28 @@ import torch
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+# Limit, use, and the name in memory.stat of the part of the use that the kernel gives back when it is asked for.
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+NO_LIMIT = 2**63  # more than any machine has
 
 
 def available_memory_bytes(device: torch.device) -> int:
     """Free bytes of a CUDA device; else what the machine, or the container's limit, still has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(_machine_bytes(), _container_bytes())
+    return min(_machine_bytes(), container_bytes(CGROUP))
+
+
+def container_bytes(cgroup: Path) -> int:
+    """What a limit of this control group, of either version, still leaves; NO_LIMIT if there is none."""
+    for limit, used, stat, reclaimable in CGROUP_FILES:
+        if (cgroup / limit).is_file() and (text := (cgroup / limit).read_text().strip()) != "max":
+            cached_bytes = _stat_bytes(cgroup / stat, reclaimable)
+            return max(0, int(text) - int((cgroup / used).read_text()) + cached_bytes)
+    return NO_LIMIT
 
 
 def _machine_bytes() -> int:
@@ -23,9 +38,7 @@ def _machine_bytes() -> int:
     raise RuntimeError(f"{MEMINFO} has no MemAvailable")
 
 
-def _container_bytes() -> int:
-    """Without a limit, more than any machine has."""
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if not limit.is_file() or (text := limit.read_text().strip()) == "max":
-        return 2**63
-    return max(0, int(text) - int(used.read_text()))
+def _stat_bytes(stat: Path, name: str) -> int:
+    """Page cache, such as the base's own file leaves, counts as used but makes room at once."""
+    entries = (line.partition(" ") for line in stat.read_text().splitlines())
+    return next((int(amount) for key, _, amount in entries if key == name), 0)

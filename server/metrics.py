@@ -58,7 +58,7 @@ class ServerMetrics:
         self.cache_resident = gauge("stack_cache_resident_bytes", "Bytes of domains in a tier.", "tier")
         self.cache_budget = gauge("stack_cache_budget_bytes", "Bytes that a tier may hold.", "tier")
         self.load_seconds = histogram("stack_load_seconds", "Time of one domain's load.", SLOW_BUCKETS, "source")
-        self.load_bytes = counter("stack_load_bytes_total", "Bytes loaded.", "source")
+        self.load_bytes = counter("stack_load_bytes_total", "Bytes of the files that were read.", "source")
         self.load_failures = counter("stack_load_failures_total", "Loads that failed.", "source")
         self.domain_selected = counter("domain_selected_total", "Prompts whose mix had the domain.", "domain")
         self.domain_weight = histogram(
@@ -88,6 +88,10 @@ class ServerMetrics:
             self.domain_selected.labels(label).inc()
             self.domain_weight.labels(label).observe(weight)
 
+    def files_read(self, num_bytes: int) -> None:
+        """A domain's files were read: their bytes, which are fewer than the domain has once it is resident."""
+        self.load_bytes.labels(FILE_SOURCE).inc(num_bytes)
+
     def lookup(self, hit: bool) -> None:
         self.cache_lookups.labels(DEVICE_TIER, "hit" if hit else "miss").inc()
 
@@ -96,7 +100,6 @@ class ServerMetrics:
 
     def loaded(self, key: str, num_bytes: int, seconds: float) -> None:
         self.load_seconds.labels(FILE_SOURCE).observe(seconds)
-        self.load_bytes.labels(FILE_SOURCE).inc(num_bytes)
 
     def failed(self, key: str, error: Exception) -> None:
         self.load_failures.labels(FILE_SOURCE).inc()

@@ -1,6 +1,6 @@
 """What the server needs of the engine and of a router, as protocols. Knows their words, not how they work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
@@ -33,5 +33,15 @@ class EnginePort(Protocol):
 
 class RouterPort(Protocol):
     """Scores one text. Runs where the device may be used."""
+
+    @property
+    def max_tokens(self) -> int:
+        """How much of a text is read."""
+        ...
+
+    @property
+    def stack_digests(self) -> Mapping[str, tuple[str, ...]]:
+        """The rounds of each domain that the router was trained against."""
+        ...
 
     def route(self, text: str) -> Route: ...

@@ -31,10 +31,15 @@ class PromptReader:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
 
-    async def read_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> Prompt:
-        """The messages in the base's own template; routed by the last user message."""
+    async def read_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, add_special_tokens: bool = False
+    ) -> Prompt:
+        """The messages in the base's own template; routed by the last user message.
+
+        A template writes its own special tokens, so the tokenizer adds none unless it is told to.
+        """
         rendered = self._render(messages, add_generation_prompt=add_generation_prompt)
-        token_ids = await self.encode(rendered, add_special_tokens=False)
+        token_ids = await self.encode(rendered, add_special_tokens=add_special_tokens)
         return Prompt(token_ids, last_user_text(messages))
 
     async def read_text(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> Prompt:

@@ -19,6 +19,9 @@ from server.ports import EnginePort, RouterPort
 logger = logging.getLogger(__name__)
 
 CACHED_ROUTES = 4096
+# A router reads only the first tokens of a text, but encoding takes as long as the text is, in the engine's thread.
+# Ordinary text has about 4 characters a token, so that a text cut here still has every token that is read.
+MAX_CHARACTERS_PER_TOKEN = 64
 
 LoadRouter = Callable[[Path], RouterPort]
 
@@ -35,15 +38,23 @@ class Routing:
         self._routes: LRUCache[bytes, Route] = LRUCache(CACHED_ROUTES)
 
     @property
+    def router(self) -> RouterPort | None:
+        """The one that is live."""
+        return self._router
+
+    @property
     def is_available(self) -> bool:
         """Whether a router is live."""
         return self._router is not None
 
     async def route(self, text: str) -> Route:
         """Scores and mix of a text; a text without words, like one without a router, has no scores. Cancellable."""
-        if self._router is None or not text.strip():
+        if self._router is None:
             return NO_ROUTE
-        router, digest = self._router, hashlib.sha256(text.encode()).digest()
+        router, text = self._router, text[: self._router.max_tokens * MAX_CHARACTERS_PER_TOKEN]
+        if not text.strip():
+            return NO_ROUTE
+        digest = hashlib.sha256(text.encode()).digest()
         if (known := self._routes.get(digest)) is not None:
             return known
         route = await asyncio.wrap_future(self._engine.run_on_device(lambda: router.route(text)))

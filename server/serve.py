@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from importlib import import_module
 
 import uvicorn
@@ -19,6 +20,8 @@ def run_server(settings: Settings) -> None:
     plan = thread_plan(len(os.sched_getaffinity(0)), settings.engine.threads)
     held = apply_thread_plan(plan, os.environ, is_override=settings.engine.threads is not None)
     logger.info("threads %s reason=%r", " ".join(f"{name}={value}" for name, value in held.items()), plan.reason)
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: a bar that nobody watches fills the log
     # Imported now and not above: torch reads the variables just set when it is imported.
     app = import_module("server.compose").compose_app(settings)
     uvicorn.run(

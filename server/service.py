@@ -86,8 +86,12 @@ class Service:
         return generation
 
     async def route(self, text: str) -> tuple[Route, dict[str, float]]:
-        """The route of a text, and its mix without the domains that are not registered here."""
-        route = await self.routing.route_strictly(text)
+        """The route of a text, and its mix without the domains that are not registered here. Admitted as a sequence."""
+        ticket = self.admission.admit(1)
+        try:
+            route = await self.routing.route_strictly(text)
+        finally:
+            ticket.give_back()
         return route, self.catalog.weights_of(MixChoice("auto"), route.mix)
 
     async def _plan(self, job: Job, index: int) -> PromptPlan:

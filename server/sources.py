@@ -1,7 +1,9 @@
 """Finds the files that admin calls name: uploads by digest, imports by path. Knows places, not contents."""
 
 import hashlib
-from contextlib import ExitStack
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
 
@@ -23,23 +25,48 @@ class Sources:
         self._registry = registry
         self._import_root = import_root
 
-    def open(self, source: FileSource, opened: ExitStack) -> Path | BufferedReader:
-        """A file that stays what it is while it is read. An import is open until `opened` closes."""
+    def open(self, source: FileSource, opened: ExitStack) -> BufferedReader:
+        """A file that stays what it is while it is read, open until `opened` closes. Its name is the caller's own."""
         if source.sha256 is None:
             return opened.enter_context(self._open_import(source))
+        path = self._stack_path(source.sha256)
+        return opened.enter_context(open(source.sha256, "rb", opener=lambda _, flags: os.open(path, flags)))
+
+    def _stack_path(self, sha256: str) -> Path:
         try:
-            return self.uploads.blob_path(source.sha256)
+            return self.uploads.blob_path(sha256)
         except UploadNotFound:  # an upload is removed once it is registered; the same call again must still succeed
             for domain in self._registry.manifest.domains:
                 for stack in domain.stacks:
-                    if stack.digest == source.sha256:
+                    if stack.digest == sha256:
                         return self._registry.stack_path(stack)
             raise
 
-    def adopt(self, source: FileSource) -> str:
-        """The digest of an upload; an import becomes one, so that what is checked first is what is used later."""
+    @contextmanager
+    def router_file(self, source: FileSource) -> Iterator[Path]:
+        """A file that stays what it is, so that what is checked first is what is used later.
+
+        An import is copied among the uploads, where it lies until the block ends.
+        """
         if source.sha256 is not None:
-            return source.sha256
+            yield self._uploaded_router(source.sha256)
+            return
+        digest = self._adopt(source)
+        try:
+            yield self.uploads.blob_path(digest)
+        finally:
+            self.uploads.remove(digest)
+
+    def _uploaded_router(self, sha256: str) -> Path:
+        try:
+            return self.uploads.blob_path(sha256)
+        except UploadNotFound:  # as for stacks: the same call again must still succeed
+            router, path = self._registry.manifest.router, self._registry.router_path()
+            if router is None or path is None or router.digest != sha256:
+                raise
+            return path
+
+    def _adopt(self, source: FileSource) -> str:
         with self._open_import(source) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)

@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from router.errors import RouterError
 from server.admin_schemas import FileSource
 from server.catalog import Catalog
+from server.live_router import stale_domains, warn_of_stale_domains
 from server.ports import RouterPort
 from server.routing import Routing
 from server.sources import Sources
@@ -40,6 +43,7 @@ class StoreAdmin:
         self._routing = routing
         self._budget_bytes = budget_bytes
         self._retirements: set[asyncio.Task[int]] = set()
+        self._changing = asyncio.Lock()  # a change in memory follows its manifest before the next manifest is written
 
     @property
     def generation(self) -> int:
@@ -68,24 +72,29 @@ class StoreAdmin:
         self, name: str, sources: Sequence[FileSource], *, dry_run: bool, expected_generation: int | None
     ) -> tuple[Json, bool]:
         """Verifies, copies and switches: what is registered now, and whether it is new. Refusals change nothing."""
-        registration = await asyncio.to_thread(
-            self._register, name, sources, dry_run=dry_run, expected_generation=expected_generation
-        )
-        entry, previous = registration.entry, registration.previous
-        if registration.changed and not dry_run:
-            logger.info("domain registered name=%s version=%s", name, entry.version)
-            if previous is not None:
-                self._replace(previous, entry)
+        async with self._changing:
+            registration = await asyncio.to_thread(
+                self._register, name, sources, dry_run=dry_run, expected_generation=expected_generation
+            )
+            entry, previous = registration.entry, registration.previous
+            if registration.changed and not dry_run:
+                logger.info("domain registered name=%s version=%s", name, entry.version)
+                if previous is not None:
+                    self._replace(previous, entry)
+                warn_of_stale_domains(self._routing.router, [entry])
         shown = _described(entry) if dry_run else self._shown(entry)
         shown |= {"generation": registration.generation, "changed": registration.changed, "dry_run": dry_run}
         return shown, previous is None
 
     async def remove(self, name: str, *, expected_generation: int | None) -> Json:
         """Deletes a domain. Requests that hold it finish; `draining` until the last of them has."""
-        removal = await asyncio.to_thread(self._registry.remove_domain, name, expected_generation=expected_generation)
-        logger.info("domain removed name=%s version=%s", name, removal.entry.version)
-        retired = self._cache.retire(self._catalog.versions.key(removal.entry))
-        finishing = self._finish_retirement(removal.entry, retired)
+        async with self._changing:
+            removal = await asyncio.to_thread(
+                self._registry.remove_domain, name, expected_generation=expected_generation
+            )
+            logger.info("domain removed name=%s version=%s", name, removal.entry.version)
+            retired = self._cache.retire(self._catalog.versions.key(removal.entry))
+            finishing = self._finish_retirement(removal.entry, retired)
         answer: Json = {"name": name, "generation": removal.generation}
         if not retired.done():
             return answer | {"status": "draining", "freed_bytes": 0}
@@ -109,8 +118,10 @@ class StoreAdmin:
 
     async def set_router(self, source: FileSource, *, expected_generation: int | None) -> Json:
         """Checks a router file, makes it the store's router and the live one. Refusals change nothing."""
-        router = await asyncio.to_thread(self._install_router, source, expected_generation)
-        self._routing.swap(router)
+        async with self._changing:
+            router = await asyncio.to_thread(self._install_router, source, expected_generation)
+            self._routing.swap(router)
+        warn_of_stale_domains(router, self._registry.manifest.domains)
         return {"generation": self.generation, "router": self._shown_router()}
 
     async def close(self) -> None:
@@ -120,12 +131,18 @@ class StoreAdmin:
         await asyncio.gather(*self._retirements, return_exceptions=True)
 
     def _install_router(self, source: FileSource, expected_generation: int | None) -> RouterPort:
-        digest = self.sources.adopt(source)
-        path = self.sources.uploads.blob_path(digest)
-        router = self._routing.load(path)
-        self._registry.set_router(path, expected_generation=expected_generation)
-        self.sources.uploads.remove(digest)
+        with self.sources.router_file(source) as path:
+            router = self._load_router(path)
+            self._registry.set_router(path, expected_generation=expected_generation)
+        self.sources.forget(source)
         return router
+
+    def _load_router(self, path: Path) -> RouterPort:
+        try:
+            return self._routing.load(path)
+        except RouterError as error:  # a client need not know where the file lies
+            message = str(error).replace(f"router file {path}", "the router file").replace(str(path), "the router file")
+            raise type(error)(message) from error
 
     def _register(
         self, name: str, sources: Sequence[FileSource], *, dry_run: bool, expected_generation: int | None
@@ -197,8 +214,11 @@ class StoreAdmin:
         }
 
     def _shown_router(self) -> Json | None:
-        router = self._registry.manifest.router
-        return None if router is None else asdict(router)
+        """`stale` names the domains whose stacks are others than the router was trained against."""
+        manifest, live = self._registry.manifest, self._routing.router
+        if manifest.router is None:
+            return None
+        return asdict(manifest.router) | {"stale": [] if live is None else stale_domains(live, manifest.domains)}
 
 
 def _described(entry: DomainEntry) -> Json:

@@ -5,6 +5,7 @@ prompt carries the `brainstacks` extension. Then, only if asked for, a chunk of 
 headers is an event of its own and ends the stream.
 """
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Mapping
@@ -17,10 +18,12 @@ from server.answers import AnswerShape, Json, mix_report, usage
 from server.boundary import RequestRecord
 from server.disconnect import run_for_client
 from server.error_responses import body_of
-from server.errors import ClientGone, answer_for, is_listed
+from server.errors import ClientGone, answer_for, is_internal
 from server.generation import Generation
 
 logger = logging.getLogger(__name__)
+
+LAST_SENDS_SECONDS = 5.0  # a client that has stopped reading would keep the connection's task for ever
 
 DONE = b"data: [DONE]\n\n"
 
@@ -39,6 +42,7 @@ class AnswerStream(Response):
         wants_usage: bool,
         deadline: float,
         headers: Mapping[str, str],
+        last_sends_seconds: float = LAST_SENDS_SECONDS,
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -48,8 +52,10 @@ class AnswerStream(Response):
         self._record = record
         self._wants_usage = wants_usage
         self._deadline = deadline
+        self._last_sends_seconds = last_sends_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        last_event = b""
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await run_for_client(receive, self._send_events(send), deadline=self._deadline)
@@ -57,12 +63,19 @@ class AnswerStream(Response):
             self._record.status = answer_for(error).status
         except Exception as error:  # the headers are out: an event is the only way left to say it
             self._record.status = answer_for(error).status
-            if not is_listed(error):
+            if is_internal(error):
                 logger.exception("stream failed")
-            await _send_part(send, _event(body_of(error)))
+            last_event = _event(body_of(error))
         finally:
-            self._generation.close()
-        await _send_part(send, b"", more=False)
+            self._generation.close()  # before anything else is sent: sending may block
+        await self._send_last(send, last_event)
+
+    async def _send_last(self, send: Send, event: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._last_sends_seconds):
+                await _send_part(send, event, more=False)
+        except TimeoutError:
+            logger.warning("end of stream not sent reason='the client does not read'")
 
     async def _send_events(self, send: Send) -> None:
         async for chunk in self._chunks():

@@ -336,7 +336,7 @@ class ResidentCache(Generic[V]):
 
 
 def _load_failed(key: str, error: Exception) -> LoadFailed:
-    failure = LoadFailed(f"{key} could not be loaded: {error}")
+    failure = LoadFailed(f"{key} could not be loaded")  # why is in the log: it may name files
     failure.__cause__ = error
     return failure
 

@@ -99,6 +99,12 @@ class StackRegistry:
             write_manifest(path / MANIFEST, empty)
         return cls(path)
 
+    @staticmethod
+    def is_unborn(path: Path) -> bool:
+        """Whether the folder is missing, empty, or holds only what a `create` that was killed left: it may be made."""
+        entries = list(path.iterdir()) if path.exists() else []
+        return all(_is_of_creation(entry) for entry in entries)
+
     @classmethod
     def open(
         cls, path: Path, *, base_fingerprint: str | None = None, geometry: Geometry | None = None
@@ -246,6 +252,12 @@ class StackRegistry:
                     path.unlink()
         for folder in (self.path / "domains").iterdir():
             _remove_if_empty(folder)
+
+
+def _is_of_creation(path: Path) -> bool:
+    if path.name in ("domains", "routers"):
+        return path.is_dir() and not any(path.iterdir())
+    return path.is_file() and OWN_FILES["*"].fullmatch(path.name) is not None
 
 
 def _open_file(source: Source, cleanup: ExitStack) -> BufferedReader:

@@ -170,7 +170,8 @@ function showMode() {
 // ---- one question
 
 async function ask(question) {
-  state.messages.push({ role: "user", content: question });
+  const messages = state.messages; // a new chat may begin while the answer comes: it is still this chat's
+  messages.push({ role: "user", content: question });
   addTurn("asked", question);
   const turn = addTurn("answer waiting", "");
   const text = turn.querySelector(".text");
@@ -197,8 +198,8 @@ async function ask(question) {
     state.running = null;
     turn.classList.remove("waiting");
   }
-  if (text.textContent) state.messages.push({ role: "assistant", content: text.textContent });
-  else state.messages.pop();
+  if (text.textContent) messages.push({ role: "assistant", content: text.textContent });
+  else messages.pop();
   if (report) turn.append(element("div", { className: "report" }, reportTable(report), facts(report, usage)));
   turn.scrollIntoView({ block: "end" });
 }

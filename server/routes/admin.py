@@ -4,14 +4,16 @@ import asyncio
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Path, Request, Response
+from starlette.requests import ClientDisconnect
 
 from server.access import AdminRoute
 from server.admin_schemas import RegisterDomainRequest, SetRouterRequest, Sha256
 from server.app_state import store_admin_of
-from server.errors import InvalidRequest
+from server.errors import ClientGone, InvalidRequest
 from stack_store.uploads import BlobWriter
 
 WRITE_BYTES = 1024 * 1024
+MAX_GENERATION_DIGITS = 20
 
 router = APIRouter(prefix="/admin", route_class=AdminRoute, tags=["admin"])
 
@@ -72,6 +74,20 @@ async def show_cache(request: Request) -> dict[str, Any]:
 @router.put("/blobs/{sha256}")
 async def upload_blob(request: Request, sha256: Annotated[Sha256, Path()]) -> dict[str, Any]:
     """Receives one file; it is kept only if its digest is the one that was promised."""
+    try:
+        return {"sha256": sha256, "bytes": await _receive(request, sha256)}
+    except ClientDisconnect as error:
+        raise ClientGone("the client hung up") from error
+
+
+@router.put("/router")
+async def set_router(request: Request, body: SetRouterRequest, if_match: IfMatch = None) -> dict[str, Any]:
+    """Installs a router and makes it live."""
+    return await store_admin_of(request).set_router(body, expected_generation=_generation(if_match))
+
+
+async def _receive(request: Request, sha256: str) -> int:
+    """The bytes that came."""
     num_bytes = 0
     with await asyncio.to_thread(store_admin_of(request).sources.uploads.receive, sha256) as writer:
         buffer = bytearray()
@@ -81,13 +97,7 @@ async def upload_blob(request: Request, sha256: Annotated[Sha256, Path()]) -> di
                 num_bytes += await _write(writer, buffer)
         num_bytes += await _write(writer, buffer)
         await asyncio.to_thread(writer.commit)
-    return {"sha256": sha256, "bytes": num_bytes}
-
-
-@router.put("/router")
-async def set_router(request: Request, body: SetRouterRequest, if_match: IfMatch = None) -> dict[str, Any]:
-    """Installs a router and makes it live."""
-    return await store_admin_of(request).set_router(body, expected_generation=_generation(if_match))
+    return num_bytes
 
 
 async def _write(writer: BlobWriter, buffer: bytearray) -> int:
@@ -103,6 +113,7 @@ def _generation(if_match: str | None) -> int | None:
     if if_match is None or if_match.strip() == "*":
         return None
     number = if_match.strip().removeprefix("W/").strip('"')
-    if not number.isdecimal():
-        raise InvalidRequest(f"If-Match must be a generation number, got {if_match!r}", param="If-Match")
+    if not number.isdecimal() or len(number) > MAX_GENERATION_DIGITS:
+        shown = if_match[: 2 * MAX_GENERATION_DIGITS]
+        raise InvalidRequest(f"If-Match must be a generation number, got {shown!r}", param="If-Match")
     return int(number)

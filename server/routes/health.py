@@ -1,5 +1,6 @@
 """Health, metrics and the playground: what monitors and browsers ask for without a key. Knows no requests."""
 
+import math
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -25,7 +26,8 @@ async def ready(request: Request) -> Response:
     """The engine's thread is alive, not only the process: 503 if its heartbeat is too old."""
     age_seconds = service_of(request).engine.heartbeat_age_seconds()
     is_ready = age_seconds <= settings_of(request).server.heartbeat_timeout_seconds
-    body = {"status": "ok" if is_ready else "engine silent", "heartbeat_age_seconds": round(age_seconds, 3)}
+    shown_seconds = round(age_seconds, 3) if math.isfinite(age_seconds) else None  # infinite once the loop has ended
+    body = {"status": "ok" if is_ready else "engine silent", "heartbeat_age_seconds": shown_seconds}
     return JSONResponse(body, 200 if is_ready else 503)
 
 

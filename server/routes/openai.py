@@ -85,7 +85,11 @@ async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
     """Text or messages -> token ids, as a completion would read them."""
     reader = service_of(request).reader
     if body.messages is not None:
-        prompt = await reader.read_chat(body.messages, add_generation_prompt=body.add_generation_prompt)
+        prompt = await reader.read_chat(
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt,
+            add_special_tokens=bool(body.add_special_tokens),
+        )
     else:
         add_special_tokens = True if body.add_special_tokens is None else body.add_special_tokens
         prompt = await reader.read_text(body.prompt or "", add_special_tokens=add_special_tokens)

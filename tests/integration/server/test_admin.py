@@ -1,19 +1,42 @@
 """The admin API over a running server: keys, registration, deletion, residency, routers."""
 
+import asyncio
 import hashlib
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import torch
 
+from engine.slots import ResidentDomain
+from router.errors import CheckpointInvalid
 from server.access import AdminRoute, ApiRoute
+from server.admin_schemas import FileSource
+from server.catalog import Catalog, Versions
+from server.ports import RouterPort
 from server.routes import admin, openai
+from server.routing import Routing
+from server.sources import Sources
+from server.store_admin import StoreAdmin
+from stack_store.cache import ResidentCache
+from stack_store.uploads import BlobStore
 from tests.fakes import tiny_geometry, tiny_header, write_random_stack
 from tests.integration.server.conftest import ADMIN_KEY
 from tests.integration.server.test_lifecycle import asked, assert_nothing_is_left, is_decoding, read_answer
-from tests.servers import ANSWER, LiveServer, ScriptedRouter, run_live_server, wait_until
+from tests.servers import (
+    ANSWER,
+    WAIT_SECONDS,
+    LiveServer,
+    ScriptedRouter,
+    make_store,
+    run_live_server,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -217,7 +240,8 @@ def test_if_match_guards_against_changes_in_between(server: LiveServer, api: htt
     ):
         assert (response.status_code, response.json()["error"]["code"]) == (412, "generation_conflict")
         assert response.headers["x-should-retry"] == "false"
-    assert put_law(api, law_file(server), headers={"if-match": "latest"}).json()["error"]["param"] == "If-Match"
+    for odd in ("latest", "9" * 5000):
+        assert put_law(api, law_file(server), headers={"if-match": odd}).json()["error"]["param"] == "If-Match"
     assert api.delete("/admin/domains/law", headers={"if-match": "*"}).status_code == 200
 
 
@@ -356,3 +380,89 @@ def test_router_is_swapped_live_and_for_good(server: LiveServer, api: httpx.Clie
     by_upload = api.put("/admin/router", json={"sha256": upload(api, file.read_bytes())})
     assert by_upload.json()["generation"] == response.json()["generation"]
     assert list((server.registry.path / "uploads").iterdir()) == []
+
+
+def test_same_router_by_digest_again_succeeds(server: LiveServer, api: httpx.Client) -> None:
+    file = law_file(server)
+    server.routers[file.read_bytes()[-8:].hex()] = ScriptedRouter(("code",))
+    body = {"sha256": upload(api, file.read_bytes())}
+    first, second = api.put("/admin/router", json=body), api.put("/admin/router", json=body)
+    assert (second.status_code, second.json()) == (200, first.json())
+    other = api.put("/admin/router", json={"sha256": "0" * 64})
+    assert other.json()["error"]["code"] == "upload_not_found"
+
+
+def test_imported_router_that_is_refused_leaves_no_copy(server: LiveServer, api: httpx.Client) -> None:
+    def refuse_it(path: Path) -> ScriptedRouter:
+        raise CheckpointInvalid(f"router file {path} is odd")
+
+    server.service.routing._load_router = refuse_it
+    response = api.put("/admin/router", json={"path": law_file(server).name})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "router_invalid")
+    assert str(server.registry.path) not in response.text
+    assert list((server.registry.path / "uploads").iterdir()) == []
+
+
+def test_refused_upload_is_named_without_its_place(server: LiveServer, api: httpx.Client) -> None:
+    digest = upload(api, b"\x80\x04\x95junk")
+    response = api.put("/admin/domains/law", json={"stacks": [{"sha256": digest}]})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "stack_invalid")
+    assert digest in response.json()["error"]["message"]
+    assert str(server.registry.path) not in response.text
+
+
+def test_client_who_hangs_up_during_an_upload_leaves_nothing(
+    server: LiveServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = urlsplit(server.url)
+    head = f"PUT /admin/blobs/{'0' * 64} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {ADMIN_KEY}\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=WAIT_SECONDS) as connection:
+        connection.sendall(head.encode() + b"content-length: 1000\r\n\r\nhalf")
+        wait_until(lambda: any((server.registry.path / "uploads").iterdir()), what="the upload has begun")
+    labels = {"endpoint": "/admin/blobs/{sha256}", "status": "499"}
+    sample = server.service.metrics.registry.get_sample_value
+    wait_until(lambda: sample("brainstacks_requests_total", labels) == 1, what="the request has ended")
+    assert list((server.registry.path / "uploads").iterdir()) == []
+    assert "Traceback" not in caplog.text
+
+
+def test_live_router_is_the_one_that_was_written_last(tmp_path: Path) -> None:
+    """The second change begins when the first is complete, in memory too."""
+    steps: list[str] = []
+    second_began = threading.Event()
+
+    class WatchedRouting(Routing):
+        def swap(self, router: RouterPort) -> None:
+            steps.append("swap")
+            super().swap(router)
+
+    def load(path: Path) -> ScriptedRouter:
+        steps.append("load")
+        if len(steps) > 1:
+            second_began.set()
+        second_began.wait(0.2)
+        return ScriptedRouter()
+
+    async def set_two_routers() -> None:
+        registry = make_store(tmp_path / "store", tmp_path / "import")
+        device: Any = None
+        routing = WatchedRouting(device, load_router=load, router=None)
+        cache = ResidentCache[ResidentDomain](budget_bytes=1, load=load_nothing)
+        catalog = Catalog(registry, cache, Versions(), dtype=torch.float32)
+        blobs = BlobStore(tmp_path / "store" / "uploads", max_bytes=10**6)
+        store_admin = StoreAdmin(
+            catalog, routing, Sources(registry, blobs, import_root=tmp_path / "import"), budget_bytes=1
+        )
+        await asyncio.gather(
+            *(
+                store_admin.set_router(FileSource(path=f"{domain}.safetensors"), expected_generation=None)
+                for domain in ("math", "code")
+            )
+        )
+
+    asyncio.run(set_two_routers())
+    assert steps == ["load", "swap"] * 2
+
+
+def load_nothing(key: str) -> ResidentDomain:
+    raise AssertionError("no domain is loaded here")

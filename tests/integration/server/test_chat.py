@@ -194,7 +194,7 @@ def test_failure_in_the_middle_of_a_stream_is_an_event_and_ends_it(server: LiveS
     events = [line for line in server.chat(stream=True).text.split("\n\n") if line]
     error = json.loads(events[-1].removeprefix("data: "))["error"]
     assert error["code"] == "engine_failed"
-    assert error["message"] == "a step of the engine failed"
+    assert "a step" not in error["message"]  # what went wrong inside is for the log
     assert "data: [DONE]" not in events
 
 
@@ -228,5 +228,5 @@ def test_official_client_reads_answers_streams_and_errors(server: LiveServer) ->
         with pytest.raises(openai.BadRequestError, match="temperature"):
             client.chat.completions.create(model="tiny", messages=hello, temperature=9)
         server.engine.fail_with = EngineFailed("a step of the engine failed")
-        with pytest.raises(openai.APIError, match="a step of the engine failed"):
+        with pytest.raises(openai.APIError, match="internal error"):
             list(client.chat.completions.create(model="tiny", messages=hello, stream=True))

@@ -1,11 +1,13 @@
 """Text completions, and the token endpoints beside them."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
+from tokenizers.processors import TemplateProcessing
 
-from tests.servers import ANSWER, LiveServer
+from tests.servers import ANSWER, LiveServer, run_live_server
 
 
 def complete(server: LiveServer, **fields: Any) -> httpx.Response:
@@ -67,10 +69,23 @@ def test_streamed_prompts_each_report_their_mix_once(server: LiveServer) -> None
         assert "".join(c["choices"][0]["text"] for c in chunks if c["choices"][0]["index"] == index) == ANSWER
 
 
-def test_several_mixes_that_do_not_fit_together_take_turns(server: LiveServer) -> None:
-    prompts = [f"{domain}=0.9" for domain in ("math", "code", "math", "code")]
-    extension = {"mode": "all"}
-    assert complete(server, prompt=prompts, brainstacks=extension).status_code == 200
+def test_several_mixes_that_do_not_fit_together_take_turns(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, budget_domains=1) as server:
+        server.router.domains = ("code", "math")
+        answer = complete(server, prompt=[f"{domain}=0.9" for domain in ("math", "code", "math", "code")]).json()
+        assert [report["mix"] for report in answer["brainstacks"]] == [{"math": 0.9}, {"code": 0.9}] * 2
+        assert [choice["text"] for choice in answer["choices"]] == [ANSWER] * 4
+        assert server.metric("brainstacks_stack_cache_evictions_total", tier="device") >= 1
+
+
+def test_header_shows_the_planned_mix_of_a_prompt_that_still_waits(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, budget_domains=1) as server:
+        server.router.domains = ("code", "math")
+        server.engine.may_decode.clear()
+        body = {"prompt": ["math=0.9", "code=0.8"], "stream": True}
+        with server.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.headers["x-brainstacks-mix"] == "math=0.90;code=0.80"
+            server.engine.may_decode.set()
 
 
 def test_stream_echoes_the_prompt_first(server: LiveServer) -> None:
@@ -98,3 +113,19 @@ def test_messages_are_tokenized_as_the_model_reads_them(server: LiveServer) -> N
         text = client.post("/detokenize", json={"tokens": with_prompt["tokens"]}).json()["prompt"]
     assert text == "<|user|>hi\n<|assistant|>"
     assert without["count"] == len("<|user|>hi\n")
+
+
+def test_special_tokens_are_added_as_asked_for(server: LiveServer) -> None:
+    tokenizer = server.service.reader.tokenizer
+    end = ("<|end|>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[end])
+    messages = [{"role": "user", "content": "hi"}]
+    with server.client() as client:
+        for body, is_added in (
+            ({"messages": messages}, False),
+            ({"messages": messages, "add_special_tokens": True}, True),
+            ({"prompt": "hi"}, True),
+            ({"prompt": "hi", "add_special_tokens": False}, False),
+        ):
+            tokens = client.post("/tokenize", json=body).json()["tokens"]
+            assert (tokens[0] == tokenizer.eos_token_id) is is_added, body

@@ -1,6 +1,8 @@
 """The real parts put together: a tiny random base, trained nothing, on a store that is made at the first start."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -50,14 +52,22 @@ def write_domain(folder: Path, base: Base, domain: str, *, seed: int) -> str:
     return f"{domain}.safetensors"
 
 
-def write_router(folder: Path, base: Base, domains: tuple[str, ...]) -> str:
+def write_router(
+    folder: Path,
+    base: Base,
+    domains: tuple[str, ...],
+    *,
+    mid_layer: int = 1,
+    token_dim: int | None = None,
+    digests: Mapping[str, tuple[str, ...]] | None = None,
+) -> str:
     """An untrained router; its file name."""
     torch.manual_seed(0)
     checkpoint = RouterCheckpoint(
-        network=MetaRouter(base.hidden_size, domains, hidden_dim=16),
-        settings=FeatureSettings(mid_layer=base.num_layers // 2),
+        network=MetaRouter(token_dim or base.hidden_size, domains, hidden_dim=16),
+        settings=FeatureSettings(mid_layer=mid_layer),
         policy=RoutingPolicy(),
-        stack_digests=dict.fromkeys(domains, ()),
+        stack_digests=dict.fromkeys(domains, ()) if digests is None else digests,
         base_fingerprint=base.fingerprint,
     )
     checkpoint.save(folder / "router.safetensors")
@@ -106,6 +116,67 @@ def test_router_of_another_base_is_refused_and_the_old_one_stays(tmp_path: Path,
         stack = client.put("/admin/router", json={"path": write_domain(tmp_path, base, "math", seed=0)})
         assert (stack.status_code, stack.json()["error"]["code"]) == (400, "router_invalid")
         assert client.get("/admin/domains").json()["router"] is None
+
+
+def test_router_that_does_not_fit_the_base_is_refused_with_the_numbers(tmp_path: Path, base: Base) -> None:
+    with serve_app(compose_app_for(base, settings_for(tmp_path))) as url, httpx.Client(base_url=url) as client:
+        client.headers["authorization"] = "Bearer k"
+        for mid_layer, token_dim, numbers in (
+            (base.num_layers + 1, base.hidden_size, (base.num_layers + 1, base.num_layers)),
+            (base.num_layers, base.hidden_size + 1, (base.hidden_size + 1, base.hidden_size)),
+        ):
+            name = write_router(tmp_path, base, ("chat",), mid_layer=mid_layer, token_dim=token_dim)
+            error = client.put("/admin/router", json={"path": name}).json()["error"]
+            assert error["code"] == "router_incompatible"
+            for number in numbers:
+                assert str(number) in error["message"]
+            assert str(tmp_path) not in error["message"]
+
+
+def test_domains_that_changed_since_the_router_was_trained_are_named(
+    tmp_path: Path, base: Base, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serve_app(compose_app_for(base, settings_for(tmp_path))) as url, httpx.Client(base_url=url) as client:
+        client.headers["authorization"] = "Bearer k"
+
+        def register(domain: str, seed: int) -> str:
+            body = {"stacks": [{"path": write_domain(tmp_path, base, domain, seed=seed)}]}
+            digest: str = client.put(f"/admin/domains/{domain}", json=body).json()["stacks"][0]["digest"]
+            return digest
+
+        def stale() -> list[str]:
+            named: list[str] = client.get("/admin/domains").json()["router"]["stale"]
+            return named
+
+        digests = {domain: (register(domain, seed),) for seed, domain in enumerate(("chat", "math"))}
+        router = write_router(tmp_path, base, ("chat", "math"), digests=digests)
+        assert client.put("/admin/router", json={"path": router}).json()["router"]["stale"] == []
+        assert stale() == []
+        with caplog.at_level(logging.WARNING):
+            register("math", 9)
+        assert stale() == ["math"]
+        assert "domains=['math']" in caplog.text
+    caplog.clear()
+    compose_app_for(base, settings_for(tmp_path))
+    assert "domains=['math']" in caplog.text
+
+
+def test_budget_below_the_largest_domain_is_refused_with_the_numbers(tmp_path: Path, base: Base) -> None:
+    path = tmp_path / "store"
+    with closing(StackRegistry.create(path, base_fingerprint=base.fingerprint, geometry=base.geometry)) as registry:
+        entry = registry.register_domain("math", [tmp_path / write_domain(tmp_path, base, "math", seed=0)]).entry
+        num_bytes = registry.resident_bytes(entry, base.dtype)
+    settings = settings_for(tmp_path)
+    store = settings.store.model_copy(update={"device_budget_bytes": num_bytes - 1})
+    with pytest.raises(ConfigInvalid, match=f"{num_bytes - 1} bytes.*{num_bytes}"):
+        compose_app_for(base, settings.model_copy(update={"store": store}))
+
+
+def test_store_whose_creation_was_cut_off_is_made_anew(tmp_path: Path, base: Base) -> None:
+    (tmp_path / "store" / "domains").mkdir(parents=True)
+    (tmp_path / "store" / f".{'a' * 16}.tmp").write_text("half a manifest")
+    compose_app_for(base, settings_for(tmp_path))
+    assert {path.name for path in (tmp_path / "store").iterdir()} == {"domains", "routers", "uploads", "manifest.json"}
 
 
 def test_store_of_another_base_is_refused(tmp_path: Path, base: Base) -> None:

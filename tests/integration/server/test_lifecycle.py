@@ -1,5 +1,6 @@
 """However a request ends, in whatever phase: nothing of it stays in queue, engine or cache."""
 
+import asyncio
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -10,8 +11,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from starlette.types import Message
 
 from engine.errors import EngineFailed, EngineStopped
+from server.boundary import RequestRecord
+from server.catalog import LeasedMix
+from server.generation import Generation
+from server.jobs import read_chat_job
+from server.schemas import ChatCompletionRequest
+from server.shapes import ChatShape
+from server.streams import AnswerStream
 from tests.servers import WAIT_SECONDS, LiveServer, run_live_server, wait_until
 
 both_ways = pytest.mark.parametrize("stream", [False, True])
@@ -161,4 +170,56 @@ def test_load_in_progress_does_not_hold_up_other_requests(server: LiveServer) ->
         assert server.chat(model="tiny:base").status_code == 200
         server.may_load.set()
         wait_until(lambda: len(server.engine.submitted) == 4, what="code is answered too")
+    assert_nothing_is_left(server)
+
+
+async def begin(server: LiveServer, text: str = "math=0.9") -> Generation:
+    """A generation without HTTP around it."""
+    fields = {"messages": [{"role": "user", "content": text}]}
+    job = await read_chat_job(server.service, ChatCompletionRequest.model_validate(fields))
+    return await server.service.begin(job)
+
+
+def test_finished_prompt_lets_go_of_its_domains_while_its_answer_is_still_told(server: LiveServer) -> None:
+    async def generate() -> LeasedMix:
+        generation = await begin(server)
+        async for _ in generation.events():
+            pass
+        generation.close()
+        return generation.runs[0].leased
+
+    told = asyncio.run(generate())
+    assert (told.domains, told.lease) == ((), None)
+    assert (told.weights, sorted(told.cold)) == ({"chat": 0.2, "math": 0.9}, ["chat", "math"])
+
+
+def test_client_who_has_stopped_reading_keeps_nothing_after_its_time(server: LiveServer) -> None:
+    server.engine.may_decode.clear()
+    scope: dict[str, Any] = {"type": "http"}
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError("never comes here")
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def stream() -> None:
+        generation = await begin(server)
+        answer = AnswerStream(
+            generation,
+            ChatShape(model="tiny", wants_logprobs=False, text=server.service.token_text),
+            record=RequestRecord("id"),
+            wants_usage=False,
+            deadline=asyncio.get_running_loop().time() + 0.05,
+            headers={},
+            last_sends_seconds=0.05,
+        )
+        await asyncio.wait_for(answer(scope, receive, send), WAIT_SECONDS)
+        with pytest.raises(EngineStopped):  # what a cancelled sequence ends with
+            async for _ in generation.events():
+                pass
+
+    asyncio.run(stream())
     assert_nothing_is_left(server)

@@ -1,10 +1,12 @@
 """Health, metrics, ids, logs and the page at the root."""
 
 import logging
+import math
 import re
 
 import pytest
 
+from tests.integration.server.test_lifecycle import asked, assert_nothing_is_left
 from tests.servers import ANSWER, LiveServer, wait_until
 
 CONTRACT = (
@@ -55,8 +57,20 @@ def test_an_answer_is_counted_and_timed(server: LiveServer) -> None:
 
 
 def test_running_and_waiting_follow_the_engine(server: LiveServer) -> None:
+    server.engine.may_run.clear()
+    with asked(server, n=2):
+        wait_until(lambda: server.engine.snapshot().running == 2, what="both choices are in the batch")
+        server.engine.may_route.clear()
+        with asked(server, "code=0.9", n=3):
+            wait_until(lambda: server.service.admission.admitted == 5, what="the second request is admitted")
+            text = scraped(server)
+    server.engine.may_route.set()
+    assert "brainstacks_requests_running 2.0" in text
+    assert "brainstacks_requests_waiting 3.0" in text
+    assert "brainstacks_kv_cache_used_ratio 0.25" in text
+    assert_nothing_is_left(server)
     assert "brainstacks_requests_running 0.0" in scraped(server)
-    assert "brainstacks_kv_cache_used_ratio 0.25" in scraped(server)
+    assert "brainstacks_requests_waiting 0.0" in scraped(server)
 
 
 def test_endpoint_labels_are_templates(server: LiveServer) -> None:
@@ -74,6 +88,13 @@ def test_readiness_follows_the_heartbeat_of_the_engine(server: LiveServer) -> No
         server.engine.heartbeat_age = 1000.0
         assert client.get("/health/ready").status_code == 503
         assert client.get("/health/live").status_code == 200
+
+
+def test_engine_whose_loop_has_ended_is_not_ready(server: LiveServer) -> None:
+    server.engine.heartbeat_age = math.inf
+    with server.client() as client:
+        response = client.get("/health/ready")
+    assert (response.status_code, response.json()["heartbeat_age_seconds"]) == (503, None)
 
 
 def test_request_id_is_made_or_taken_over(server: LiveServer) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from engine.errors import EngineFailed
 from tests.servers import LiveServer, run_live_server, wait_until
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -195,9 +196,50 @@ def test_more_choices_than_the_house_holds_are_refused_for_good(tmp_path: Path) 
     assert error["param"] == "n"
 
 
+def test_too_many_prompts_are_refused_before_any_is_read(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, settings={"server": {"max_queue": 0}}) as server:
+        too_long = "x" * 500
+        error = refuse(server, "/v1/completions", {"prompt": [too_long] * 3, "n": 2}, 400)
+        assert (error["param"], "6 sequences" in error["message"]) == ("n", True)
+        ticket = server.service.admission.admit(4)
+        assert refuse(server, "/v1/completions", {"prompt": too_long}, 429)["code"] == "queue_full"
+        assert refuse(server, "/v1/chat/completions", {"messages": MESSAGES}, 429)["code"] == "queue_full"
+        ticket.give_back()
+
+
+def test_route_is_refused_when_the_house_is_full(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, settings={"server": {"max_queue": 0}}) as server:
+        ticket = server.service.admission.admit(4)
+        assert refuse(server, "/v1/route", {"prompt": "math=0.9"}, 429)["code"] == "queue_full"
+        ticket.give_back()
+        with server.client() as client:
+            assert client.post("/v1/route", json={"prompt": "math=0.9"}).status_code == 200
+        assert server.service.admission.admitted == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_failure_of_the_engine_tells_nothing_of_its_inside(server: LiveServer, stream: bool) -> None:
+    server.engine.fail_with = EngineFailed("a step of the engine failed: mat1 and mat2 in /secret/place.py")
+    text = server.chat(stream=stream).text
+    assert '"code":"engine_failed"' in text
+    assert "secret" not in text
+
+
+def test_domain_that_cannot_be_loaded_is_named_without_its_place(server: LiveServer) -> None:
+    damaged, gone = (server.registry.stack_path(server.registry.domain(n).stacks[0]) for n in ("math", "code"))
+    damaged.write_bytes(damaged.read_bytes()[:-8] + b"\0" * 8)
+    gone.unlink()
+    for domain in ("math", "code"):
+        response = server.chat(model=f"tiny:{domain}")
+        assert response.json()["error"]["code"] == "load_failed"
+        assert domain in response.json()["error"]["message"]
+        assert str(server.registry.path) not in response.text
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_request_that_takes_too_long_is_ended(tmp_path: Path, stream: bool) -> None:
-    with run_live_server(tmp_path, settings={"server": {"request_timeout_seconds": 0.2}}) as server:
+    with run_live_server(tmp_path, settings={"server": {"request_timeout_seconds": 1.5}}) as server:
+        assert server.chat().status_code == 200  # so that route and load are known when time counts
         server.engine.may_decode.clear()
         response = server.chat(stream=stream)
         if stream:

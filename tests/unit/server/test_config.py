@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from server.config import load_settings
+from server.config import demo_store_path, load_settings
 from server.errors import ConfigInvalid
 
 
@@ -34,6 +34,30 @@ def test_defaults_need_nothing() -> None:
 def test_keys_are_separated_by_commas_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BRAINSTACKS_SERVER__API_KEYS", "one, two,")
     assert load_settings().server.api_keys == ["one", "two"]
+
+
+@pytest.mark.parametrize("keys", ['["one", ""]', '[" "]', '" , "'])
+def test_empty_key_is_refused(tmp_path: Path, keys: str) -> None:
+    with pytest.raises(ConfigInvalid, match=r"server\.api_keys"):
+        load_settings(toml(tmp_path, f"[server]\napi_keys = {keys}\n"))
+
+
+def test_commas_alone_do_not_open_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRAINSTACKS_SERVER__API_KEYS", ",")
+    with pytest.raises(ConfigInvalid, match=r"server\.api_keys"):
+        load_settings()
+
+
+def test_empty_variable_is_as_if_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRAINSTACKS_STORE__IMPORT_ROOT", "")
+    assert load_settings().store.import_root is None
+
+
+def test_store_of_a_checkout_is_not_its_demo_store(tmp_path: Path) -> None:
+    demo, store = demo_store_path(), load_settings().store
+    assert demo is not None, "the tests run in a checkout"
+    assert (store.path, store.is_default_path) == (demo.parent.parent / "store", True)
+    assert not load_settings(flags={"store": {"path": tmp_path}}).store.is_default_path
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ def test_two_servers_in_one_process_do_not_share_numbers() -> None:
 def test_cache_events_are_counted() -> None:
     metrics = ServerMetrics(version="1", base="tiny")
     metrics.lookup(True)
-    metrics.loaded("math@1", 100, 0.5)
+    metrics.loaded("math@1", 200, 0.5)
+    metrics.files_read(100)
     metrics.evicted("math@1", 100)
     metrics.failed("math@1", ValueError("broken"))
     metrics.resident(300)

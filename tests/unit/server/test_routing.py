@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from server.routing import Routing
+from server.routing import MAX_CHARACTERS_PER_TOKEN, Routing
 from tests.servers import ScriptedRouter
 
 
@@ -47,3 +47,17 @@ def test_route_made_by_a_router_that_was_swapped_meanwhile_is_not_remembered() -
         assert set((await second).scores) == {"law"}
 
     asyncio.run(swap_during_a_route())
+
+
+def test_router_is_given_no_more_of_a_long_text_than_it_could_read() -> None:
+    async def route_long_text() -> None:
+        device: Any = HeldDevice()
+        router = ScriptedRouter(("math",))
+        routing = Routing(device, load_router=load_nothing, router=router)
+        route = asyncio.create_task(routing.route("math=0.9 " + "word " * 100_000))
+        await asyncio.sleep(0)
+        device.run_held()
+        assert (await route).scores == {"math": 0.9}
+        assert [len(text) for text in router.texts] == [router.max_tokens * MAX_CHARACTERS_PER_TOKEN]
+
+    asyncio.run(route_long_text())

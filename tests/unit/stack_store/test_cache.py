@@ -236,7 +236,7 @@ def test_a_failed_load_fails_those_who_want_it_and_nobody_else() -> None:
     bench.loads.run_all()
     assert alone.result(timeout=0).values[0].key == "a"
     for future in (mixed, failing):
-        with pytest.raises(LoadFailed, match="b could not be loaded: b is broken") as failure:
+        with pytest.raises(LoadFailed, match=r"^b could not be loaded$") as failure:
             future.result(timeout=0)
         assert isinstance(failure.value.__cause__, OSError)
     assert ("failed", "b", "b is broken") in bench.notes.heard

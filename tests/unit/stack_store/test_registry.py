@@ -361,3 +361,17 @@ def _scatter_leftovers(path: Path) -> None:
     (path / "domains" / "chat" / "1-0123456789ab.safetensors").write_bytes(b"a stack that no manifest names")
     (path / "routers" / "0123456789ab.safetensors").write_bytes(b"a router that no manifest names")
     (path / "routers" / "0123456789ab.safetensors").write_bytes(b"a router that no manifest names")
+
+
+def test_only_a_folder_that_holds_nothing_of_its_own_may_become_a_store(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    assert StackRegistry.is_unborn(path)
+    (path / "domains").mkdir(parents=True)
+    (path / "routers").mkdir()
+    (path / f".{'0' * 16}.tmp").write_text("a manifest that was never finished")
+    assert StackRegistry.is_unborn(path)
+    (path / "domains" / "notes.txt").write_text("mine")
+    assert not StackRegistry.is_unborn(path)
+    (path / "domains" / "notes.txt").unlink()
+    (path / "notes.txt").write_text("mine")
+    assert not StackRegistry.is_unborn(path)

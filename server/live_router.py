@@ -1,0 +1,42 @@
+"""A router with what the server must know of its file, and whether the store has moved on since. Knows no requests."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from router.router import Route, Router
+from server.ports import RouterPort
+from stack_store.manifest import DomainEntry
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRouter:
+    """A RouterPort."""
+
+    router: Router
+    stack_digests: Mapping[str, tuple[str, ...]]
+
+    @property
+    def max_tokens(self) -> int:
+        return self.router.settings.max_tokens
+
+    def route(self, text: str) -> Route:
+        return self.router.route(text)
+
+
+def stale_domains(router: RouterPort, registered: Sequence[DomainEntry]) -> list[str]:
+    """The domains that the router knows by other stacks than those registered now, so that its scores may be off."""
+    trained = router.stack_digests
+    return [
+        entry.name
+        for entry in registered
+        if entry.name in trained and trained[entry.name] != tuple(stack.digest for stack in entry.stacks)
+    ]
+
+
+def warn_of_stale_domains(router: RouterPort | None, registered: Sequence[DomainEntry]) -> None:
+    """One line that names them, if there are any."""
+    if router is not None and (stale := stale_domains(router, registered)):
+        logger.warning("router was trained against other stacks than are registered domains=%s", stale)
