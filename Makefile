@@ -28,6 +28,7 @@ fix: $(DEV_INSTALLED)
 
 bench: $(DEV_INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.decode $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.training_step
 
 compose-test:
 	docker/compose_test.sh

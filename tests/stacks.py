@@ -1,5 +1,7 @@
 """Makes random stacks, and computes them the slow, obviously right way."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,15 @@ def to_serving(
     header = header_for(geometry, config)
     groups = pack_groups(header, projections)
     return serving_stack(header, groups, dtype=dtype, device=torch.device("cpu"))
+
+
+def random_serving_stack(geometry: Geometry, *, seed: int = 0, top_k: int = 2, zero: bool = False) -> ServingStack:
+    """A small frozen stack with random weights; with `zero` its B is zero, so it changes nothing."""
+    config = MoeLoraConfig(num_experts=4, rank=2, top_k=top_k)
+    projections = random_projections(geometry, config, seed=seed, size=0.05)
+    if zero:
+        projections = {key: replace(tensors, b=torch.zeros_like(tensors.b)) for key, tensors in projections.items()}
+    return to_serving(geometry, config, projections)
 
 
 def slow_delta(x: Tensor, weights: ProjectionTensors, config: MoeLoraConfig) -> Tensor:

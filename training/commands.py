@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -12,66 +13,109 @@ from engine.errors import EngineError
 from router.errors import RouterError
 from stack_store.errors import StoreError
 from stack_store.registry import StackRegistry
-from training import run as runs
-from training.domain_training import DomainReport
+from training.curriculum import Curriculum
 from training.errors import RecipeInvalid, TrainingError
-from training.recipe import Recipe, read_recipe
+from training.recipe import Recipe, read_recipe, with_base
+from training.reports import DomainReport, RoundReport, report_path, write_report
+from training.round_training import Progress as StackProgress
+from training.router_run import (
+    feature_settings,
+    register_router,
+    require_trained,
+    router_examples,
+    routing_policy,
+    train_label_router,
+)
 from training.router_training import RouterMetrics, RouterProgress
-from training.stack_training import Progress as StackProgress
+from training.run import load_training_base, make_store
+from training.workers import Workers
 
 EXPECTED_ERRORS = (TrainingError, StoreError, EngineError, RouterError)
 
 
-def run_recipe(recipe_path: Path, output: Path, *, only: Sequence[str]) -> int:
+def run_recipe(recipe_path: Path, output: Path, *, until: str | None, base_spec: str | None) -> int:
     """Trains a recipe's domains; returns the process's exit status."""
-    console = Console()
+    workers = Workers()
+    console = Console(quiet=not workers.is_first)
     try:
-        recipe = read_recipe(recipe_path)
-        _require_known(recipe, only)
-        base = runs.load_training_base(recipe)
-        registry = runs.open_or_create_store(output, base)
-        kept = runs.trained_domains(registry, recipe)
-        reports: list[DomainReport] = []
+        recipe = with_base(read_recipe(recipe_path), base_spec)
+        _require_known(recipe, until)
+        base = load_training_base(recipe, workers)
+        make_store(output, base, workers)
         with _bars(console) as bars:
-            for domain in recipe.settings.domains:
-                if domain.name in kept or (only and domain.name not in only):
-                    console.print(f"{domain.name}: kept as it is")
-                    continue
-                show = _stack_bar(bars, domain.name, recipe.settings.training.steps)
-                reports.append(runs.run_domain(base, recipe, domain, registry, show))
+            curriculum = Curriculum(
+                recipe,
+                base,
+                output,
+                policy=routing_policy(recipe),
+                workers=workers,
+                spectator=_ConsoleSpectator(bars),
+            )
+            reports = curriculum.run(until=until)
     except EXPECTED_ERRORS as error:
-        console.print(f"[red]error:[/red] {error}")
+        console.print(f"[red]error:[/red] {escape(str(error))}")
         return 1
     console.print(_loss_table(reports))
     return 0
 
 
-def run_router(recipe_path: Path, store: Path) -> int:
+def run_router(recipe_path: Path, store: Path, *, base_spec: str | None) -> int:
     """Trains a recipe's router; returns the process's exit status."""
     console = Console()
     try:
-        recipe = read_recipe(recipe_path)
-        base = runs.load_training_base(recipe)
+        recipe = with_base(read_recipe(recipe_path), base_spec)
+        base = load_training_base(recipe, Workers())
         registry = StackRegistry.open(store, base_fingerprint=base.fingerprint, geometry=base.geometry)
-        runs.require_trained(registry, recipe)
-        settings = runs.feature_settings(base)
+        require_trained(registry, recipe)
+        settings = feature_settings(base)
         with _bars(console) as bars:
-            examples = runs.router_examples(base, recipe, settings, _prompt_bar(bars))
-            trained = runs.train_label_router(recipe, examples, _router_bar(bars))
-        runs.register_router(base, recipe, settings, trained, registry)
-        runs.write_report(registry.path, "router", asdict(trained.metrics) | {"best_epoch": trained.best_epoch})
+            examples = router_examples(base, recipe, settings, _prompt_bar(bars))
+            trained = train_label_router(recipe, examples, _router_bar(bars))
+        register_router(base, recipe, settings, trained, registry)
+        report = asdict(trained.metrics) | {"best_epoch": trained.best_epoch}
+        write_report(report_path(store, "router"), report)
     except EXPECTED_ERRORS as error:
-        console.print(f"[red]error:[/red] {error}")
+        console.print(f"[red]error:[/red] {escape(str(error))}")
         return 1
     console.print(_router_table(trained.metrics))
     return 0
 
 
-def _require_known(recipe: Recipe, only: Sequence[str]) -> None:
+class _ConsoleSpectator:
+    """Shows a run as bars and lines."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+
+    def round_starts(self, domain: str, round: int, steps: int) -> Callable[[StackProgress], None]:
+        name = f"{domain} {round}"
+        bar = self._bars.add_task(name, total=steps, state="")
+
+        def show(progress: StackProgress) -> None:
+            state = (
+                f"loss {progress.loss:.3f}  best {progress.best_loss:.3f}  {progress.tokens_per_second:.0f} tokens/s"
+            )
+            self._bars.update(bar, completed=progress.step, state=state)
+            if progress.validation_loss is not None:
+                line = f"{name}: step {progress.step}, held-out loss {progress.validation_loss:.4f}"
+                self._bars.console.print(line)
+
+        return show
+
+    def round_ends(self, domain: str, report: RoundReport) -> None:
+        fate = "kept" if report.kept else "dropped"
+        losses = f"{report.start_loss:.4f} -> {report.best_loss:.4f}"
+        self._bars.console.print(f"{domain} {report.round}: {losses}, {fate}, ended by {report.stop}")
+
+    def domain_ends(self, report: DomainReport, *, trained_now: bool) -> None:
+        if not trained_now:
+            self._bars.console.print(f"{report.domain}: kept as it is")
+
+
+def _require_known(recipe: Recipe, until: str | None) -> None:
     names = [domain.name for domain in recipe.settings.domains]
-    unknown = [name for name in only if name not in names]
-    if unknown:
-        raise RecipeInvalid(f"the recipe has no domain {unknown[0]!r}; it has {names}")
+    if until is not None and until not in names:
+        raise RecipeInvalid(f"the recipe has no domain {until!r}; it has {names}")
 
 
 def _bars(console: Console) -> Progress:
@@ -84,18 +128,6 @@ def _bars(console: Console) -> Progress:
         TextColumn("{task.fields[state]}"),
         console=console,
     )
-
-
-def _stack_bar(bars: Progress, name: str, steps: int) -> Callable[[StackProgress], None]:
-    bar = bars.add_task(name, total=steps, state="")
-
-    def show(progress: StackProgress) -> None:
-        state = f"loss {progress.loss:.3f}  best {progress.best_loss:.3f}  {progress.tokens_per_second:.0f} tokens/s"
-        bars.update(bar, completed=progress.step, state=state)
-        if progress.validation_loss is not None:
-            bars.console.print(f"{name}: step {progress.step}, held-out loss {progress.validation_loss:.4f}")
-
-    return show
 
 
 def _prompt_bar(bars: Progress) -> Callable[[int, int], None]:
@@ -115,10 +147,11 @@ def _router_bar(bars: Progress) -> Callable[[RouterProgress], None]:
 
 
 def _loss_table(reports: Sequence[DomainReport]) -> Table:
-    table = Table("domain", "base", "with its stack", "steps", "seconds", title="loss per held-out answer token")
+    table = Table("domain", "base", "with its stacks", "rounds", "seconds", title="loss per held-out answer token")
     for report in reports:
-        losses = (f"{report.base_loss:.3f}", f"{report.stack_loss:.3f}")
-        table.add_row(report.domain, *losses, str(report.steps_run), f"{report.seconds:.0f}")
+        rounds = f"{sum(r.kept for r in report.rounds)} of {len(report.rounds)}"
+        losses = (f"{report.base_loss:.3f}", f"{report.loss:.3f}")
+        table.add_row(report.domain, *losses, rounds, f"{report.seconds:.0f}")
     return table
 
 
@@ -126,5 +159,9 @@ def _router_table(metrics: RouterMetrics) -> Table:
     title = f"unseen prompts: top-1 {metrics.top1:.3f}, set match {metrics.set_match:.3f}, BCE {metrics.bce:.4f}"
     table = Table("domain", "precision", "recall", "prompts", title=title)
     for name, of_domain in metrics.domains.items():
-        table.add_row(name, f"{of_domain.precision:.3f}", f"{of_domain.recall:.3f}", str(of_domain.num_positive))
+        table.add_row(name, _share(of_domain.precision), _share(of_domain.recall), str(of_domain.num_positive))
     return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,49 +1,63 @@
-"""The one loss of training and validation: mean negative log-likelihood over answer tokens. Knows no optimiser.
+"""The one loss of training and validation: negative log-likelihood over answer tokens. Knows no optimiser.
 
-Letters: N examples, L longest length, H hidden size, V vocabulary, A answer tokens.
+Letters: N examples, L longest length, H hidden size, V vocabulary, A answer tokens, T tokens of the pass.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.base import Base
-from engine.model.moe_lora import MoeLoraStack
-from training.data import Example, length_batches
+from engine.model.training_form import TrainingDeltas
+from training.data.examples import Example
 
 
-def answer_loss_sum(base: Base, stack: MoeLoraStack, examples: Sequence[Example]) -> tuple[Tensor, int]:
-    """Summed loss (scalar, float32) over the answer tokens of a batch, and their number. Padding counts nothing."""
-    ids, mask = _pad(examples, base.device)
-    stack.token_mask = mask.flatten().bool()
-    hidden = base.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (N, L, H)
-    before_answer = torch.zeros_like(ids, dtype=torch.bool)  # the position that predicts an answer token
-    for row, example in enumerate(examples):
-        before_answer[row, example.prompt_length - 1 : len(example.token_ids) - 1] = True
-    targets = ids[:, 1:][before_answer[:, :-1]]  # (A,)
-    logits = base.head(hidden[before_answer])  # (A, V): the head runs on answer positions only
-    return F.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The examples of one pass as tensors."""
+
+    token_ids: Tensor  # (N, L), or (1, T) if packed
+    real: Tensor  # as token_ids, bool: not padding
+    positions: Tensor | None  # (1, T) if packed: each example starts again at 0
+    before_answer: Tensor  # as token_ids, bool: the positions that predict an answer token
 
 
-def mean_answer_loss(base: Base, stack: MoeLoraStack, examples: Sequence[Example], *, max_tokens: int) -> float:
-    """Token-weighted mean loss over all answer tokens, without gradient. The same numbers in any batch size."""
-    total, count = 0.0, 0
-    ordered = sorted(examples, key=lambda example: len(example.token_ids))
-    # Not inference_mode: what it caches in the base could not take part in a later backward.
-    with torch.no_grad():
-        for batch in length_batches(ordered, max_tokens=max_tokens):
-            loss, tokens = answer_loss_sum(base, stack, batch)
-            total, count = total + loss.item(), count + tokens
-    return total / count
-
-
-def _pad(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
+def pad(examples: Sequence[Example], device: torch.device) -> Layout:
+    """One example a row, padded on the right to the longest."""
     longest = max(len(example.token_ids) for example in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    mask = torch.zeros(len(examples), longest, dtype=torch.long)
+    real, before_answer = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
     for row, example in enumerate(examples):
-        ids[row, : len(example.token_ids)] = torch.tensor(example.token_ids)
-        mask[row, : len(example.token_ids)] = 1
-    return ids.to(device), mask.to(device)
+        length = len(example.token_ids)
+        ids[row, :length] = torch.tensor(example.token_ids)
+        real[row, :length] = True
+        before_answer[row, example.prompt_length - 1 : length - 1] = True
+    return Layout(ids.to(device), real.to(device), None, before_answer.to(device))
+
+
+def pack(examples: Sequence[Example], device: torch.device) -> Layout:
+    """All examples side by side in one row, without padding.
+
+    transformers sees by the positions, which start again, where an example begins, and no token attends across.
+    """
+    rows = [pad([example], torch.device("cpu")) for example in examples]
+    ids = torch.cat([row.token_ids for row in rows], dim=1)
+    return Layout(
+        token_ids=ids.to(device),
+        real=torch.ones_like(ids, dtype=torch.bool, device=device),
+        positions=torch.cat([torch.arange(row.token_ids.shape[1]) for row in rows]).unsqueeze(0).to(device),
+        before_answer=torch.cat([row.before_answer for row in rows], dim=1).to(device),
+    )
+
+
+def answer_loss_sum(base: Base, deltas: TrainingDeltas, layout: Layout) -> tuple[Tensor, int]:
+    """Summed loss (scalar, float32) over the answer tokens of a pass, and their number. Padding counts nothing."""
+    deltas.real_tokens = layout.real.flatten()
+    padding = {"attention_mask": layout.real.long()} if layout.positions is None else {"position_ids": layout.positions}
+    hidden = base.decoder(input_ids=layout.token_ids, use_cache=False, **padding).last_hidden_state  # (N, L, H)
+    targets = layout.token_ids[:, 1:][layout.before_answer[:, :-1]]  # (A,)
+    logits = base.head(hidden[layout.before_answer])  # (A, V): the head runs on answer positions only
+    return F.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()

@@ -1,10 +1,11 @@
 """What a training run is: one TOML file, read once, checked, frozen. Knows no tensors."""
 
 import hashlib
+import json
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -13,7 +14,11 @@ from stack_store.manifest import require_domain_name
 from training.errors import RecipeInvalid
 
 Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+RESERVED_NAMES = ("data", "forgetting", "subspaces", "router", "recipe")
+INT8_MAX_SHARE = 0.14  # training/rounding.py has the measurement
 
 
 class _Section(BaseModel):
@@ -28,8 +33,9 @@ class BaseSection(_Section):
 
 
 class StackSection(_Section):
-    """The shape of every stack of the run, and how its weights are stored."""
+    """The shape of every stack of the run, and how its weights are stored. One expert makes it a plain LoRA."""
 
+    kind: Literal["moe_lora"] = "moe_lora"
     num_experts: Positive = 4
     rank: Positive = 16
     top_k: Positive = 2
@@ -37,11 +43,26 @@ class StackSection(_Section):
     weights: Literal["bf16", "int8"] = "bf16"
 
 
-class TrainingSection(_Section):
-    """The inner loop (Brainstacks paper, section 3.3)."""
+class DataSection(_Section):
+    """What happens to records before they are rendered."""
 
+    strip_chat_tokens: bool = True
+    deduplicate: bool = True
+    decontaminate: bool = False
+    max_bad_share: Share = 0.0  # of one source's records; a run with more of them fails
+
+
+class TrainingSection(_Section):
+    """The loops (Brainstacks paper, sections 3.3 and 3.4)."""
+
+    rounds: Positive = 1  # at most, for each domain
+    min_gain: Annotated[float, Field(ge=0.0)] = 0.002  # a round that gains less is dropped and is the last
+    context: Literal["all", "isolated", "sampled"] = "isolated"
     steps: Positive = 400
     tokens_per_step: Positive = 1024
+    tokens_per_pass: Positive | None = None  # of one forward and backward; more passes make a step. None: all at once
+    packing: bool = False
+    gradient_checkpointing: bool = False
     max_example_tokens: Positive = 512
     learning_rate: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
@@ -53,6 +74,15 @@ class TrainingSection(_Section):
     spike: PositiveFloat = 0.1
 
 
+class NullSpaceSection(_Section):
+    """Which output directions of earlier domains a new stack may not use (section 3.5)."""
+
+    enabled: bool = True
+    samples: Positive = 400  # of each earlier domain's held-out examples, at most
+    directions: Positive = 64  # that each domain claims, per projection, at most
+    max_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.125  # of a projection's outputs, for all domains together
+
+
 class RouterSection(_Section):
     """The router trained on domain labels."""
 
@@ -61,17 +91,67 @@ class RouterSection(_Section):
     batch_size: Positive = 16
     learning_rate: PositiveFloat = 8e-4
     floor_domain: str | None = None  # default: chat, if it is a domain of the recipe
-    floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.20
+    floor: Share = 0.20
     threshold: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.12
 
 
+class SourceSection(_Section):
+    """Records of one domain: a JSONL file beside the recipe, or a dataset of the hub.
+
+    `instruction`, `input` and `output` are Jinja templates over a row's columns; an absent one reads the column of
+    its own name. `where` keeps the rows for which it renders to something not empty.
+    """
+
+    file: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    where: str | None = None
+    weight: PositiveFloat = 1.0  # share of the domain's max_records, relative to its other sources
+    cap: Positive | None = None  # records of this source, at most
+
+    @model_validator(mode="after")
+    def _check(self) -> "SourceSection":
+        if (self.file is None) == (self.dataset is None):
+            raise ValueError(f"a source names either a file or a dataset, got {self.file!r} and {self.dataset!r}")
+        if self.file is not None and (self.config, self.split, self.revision) != (None, "train", None):
+            raise ValueError(f"config, split and revision belong to a dataset, not to file {self.file!r}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """How reports call it."""
+        return self.file or f"{self.dataset}{f'/{self.config}' if self.config else ''}:{self.split}"
+
+
 class DomainSection(_Section):
-    """One domain: its name and its JSONL files, relative to the recipe."""
+    """One domain: its name, where its records come from, and what differs from [training] for it."""
 
     name: str
-    files: Annotated[tuple[str, ...], Field(min_length=1)]
+    files: tuple[str, ...] = ()  # short for one [[domains.sources]] each
+    sources: tuple[SourceSection, ...] = ()
     held_out: Positive = 40
-    max_records: Positive | None = None
+    max_records: Positive | None = None  # to train on; needed for weights to mean something
+    keywords: tuple[str, ...] = ()  # regular expressions that tell this domain's records, for decontamination
+    rounds: Positive | None = None
+    steps: Positive | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "DomainSection":
+        if not self.all_sources:
+            raise ValueError(f"domain {self.name!r} names neither files nor sources")
+        if self.max_records is None and len({source.weight for source in self.all_sources}) > 1:
+            raise ValueError(f"domain {self.name!r} weighs its sources; weights need max_records")
+        return self
+
+    @property
+    def all_sources(self) -> tuple[SourceSection, ...]:
+        """Every source, those of `files` first."""
+        return (*(SourceSection(file=name) for name in self.files), *self.sources)
 
 
 class RecipeFile(_Section):
@@ -80,7 +160,9 @@ class RecipeFile(_Section):
     seed: int = 42
     base: BaseSection = BaseSection()
     stack: StackSection = StackSection()
+    data: DataSection = DataSection()
     training: TrainingSection = TrainingSection()
+    null_space: NullSpaceSection = NullSpaceSection()
     router: RouterSection = RouterSection()
     domains: Annotated[tuple[DomainSection, ...], Field(min_length=1)]
 
@@ -91,9 +173,20 @@ class RecipeFile(_Section):
             require_domain_name(name)
         if self.router.floor_domain not in (None, *names):
             raise ValueError(f"router.floor_domain {self.router.floor_domain!r} is none of the domains {names}")
+        reserved = [name for name in names if name in RESERVED_NAMES]
+        if reserved:
+            raise ValueError(f"domain name {reserved[0]!r} is taken: a report of the run is called so")
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
             raise ValueError(f"domain names repeat: {sorted(repeated)}")
+        if self.stack.weights == "int8" and self.null_space.enabled and self.null_space.max_share > INT8_MAX_SHARE:
+            raise ValueError(
+                f"null_space.max_share is {self.null_space.max_share}: rounding to int8 would put more than 1e-6 of a "
+                f"stack's energy back into the protected directions; int8 allows {INT8_MAX_SHARE}"
+            )
+        if self.data.decontaminate and any(not domain.keywords for domain in self.domains):
+            bare = [domain.name for domain in self.domains if not domain.keywords]
+            raise ValueError(f"data.decontaminate needs the keywords of every domain; {bare} have none")
         if self.stack.top_k > self.stack.num_experts:
             raise ValueError(f"stack.top_k {self.stack.top_k} is more than stack.num_experts {self.stack.num_experts}")
         return self
@@ -101,26 +194,61 @@ class RecipeFile(_Section):
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe file, where it lies, and the digest of its text."""
+    """A recipe file, its text, and the folder that its paths are seen from."""
 
     settings: RecipeFile
     folder: Path
-    digest: str
+    text: str
+
+    def domain_digest(self, index: int) -> str:
+        """sha256 in hex of all that the index-th domain's stacks depend on: settings, files, and the domains before.
+
+        What comes later in the recipe, and the router, are not in it: a domain added at the end leaves the others be.
+        Decontamination moves records between all domains, so with it they are all in.
+        """
+        settings = self.settings
+        domains = settings.domains if settings.data.decontaminate else settings.domains[: index + 1]
+        content = settings.model_dump(mode="json", exclude={"router", "domains"})
+        content["domains"] = [domain.model_dump(mode="json") for domain in domains]
+        content["files"] = [
+            hashlib.sha256((self.folder / source.file).read_bytes()).hexdigest()
+            for domain in domains
+            for source in domain.all_sources
+            if source.file is not None
+        ]
+        content["domain"] = settings.domains[index].name
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_recipe(path: Path) -> Recipe:
     """Reads and checks a recipe. Raises RecipeInvalid that names file, setting and value."""
-    text = path.read_bytes()
     try:
-        settings = RecipeFile.model_validate(tomllib.loads(text.decode()))
+        text = path.read_text(encoding="utf-8")
+        settings = RecipeFile.model_validate(tomllib.loads(text))
+    except UnicodeDecodeError as error:
+        raise RecipeInvalid(f"{path}: not UTF-8: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeInvalid(f"{path}: not TOML: {error}") from error
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
+        faults = "; ".join(_fault(e["loc"], e["msg"], e["input"]) for e in error.errors())
         raise RecipeInvalid(f"{path}: {faults}") from error
     except DomainNameInvalid as error:
         raise RecipeInvalid(f"{path}: {error}") from error
-    for name in (name for domain in settings.domains for name in domain.files):
-        if not (path.parent / name).is_file():
-            raise RecipeInvalid(f"{path}: there is no file {str(path.parent / name)!r}")
-    return Recipe(settings, path.parent, hashlib.sha256(text).hexdigest())
+    for source in (source for domain in settings.domains for source in domain.all_sources):
+        if source.file is not None and not (path.parent / source.file).is_file():
+            raise RecipeInvalid(f"{path}: there is no file {str(path.parent / source.file)!r}")
+    return Recipe(settings, path.parent, text)
+
+
+def _fault(location: tuple[int | str, ...], message: str, value: Any) -> str:
+    # A section's own check names its values; the whole section beside it would only hide them.
+    shown = "" if isinstance(value, dict) else f", got {value!r}"
+    return ": ".join(filter(None, (".".join(map(str, location)), f"{message}{shown}")))
+
+
+def with_base(recipe: Recipe, spec: str | None) -> Recipe:
+    """The recipe on another base; None leaves it as it is."""
+    if spec is None:
+        return recipe
+    base = recipe.settings.base.model_copy(update={"spec": spec})
+    return replace(recipe, settings=recipe.settings.model_copy(update={"base": base}))

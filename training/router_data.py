@@ -4,11 +4,12 @@ Legend: N prompts, D domains.
 """
 
 import hashlib
-import unicodedata
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from training.data.records import normalise_text
 
 
 def label_targets(labels: Sequence[str], domains: Sequence[str]) -> Tensor:
@@ -25,18 +26,13 @@ def label_targets(labels: Sequence[str], domains: Sequence[str]) -> Tensor:
     return targets
 
 
-def normalise_prompt(text: str) -> str:
-    """What two texts share if they are the same prompt: letters without case, spacing and compatibility forms."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
 def split_by_prompt(texts: Sequence[str], *, validation_share: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices of `texts` for training and for validation, ascending; no prompt is in both.
 
     The share counts unique prompts and leaves at least one on each side. The choice depends on the set of prompts and
     the seed alone, so neither the order of the records nor a copy of one moves a prompt across.
     """
-    prompts = [normalise_prompt(text) for text in texts]
+    prompts = [normalise_text(text) for text in texts]
     ranked = sorted(set(prompts), key=lambda prompt: hashlib.sha256(f"{seed}\n{prompt}".encode()).digest())
     if len(ranked) < 2:
         raise ValueError(f"a split needs at least 2 unique prompts, not {len(ranked)}")

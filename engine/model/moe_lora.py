@@ -1,4 +1,4 @@
-"""The one definition of a stack's mathematics: training form and serving form. Knows tensors, not files or requests.
+"""The one definition of a stack's mathematics, and its serving form. Knows tensors, not files or requests.
 
 Letters: T tokens, I in, O out, P projections that share an input, E experts, R rank, K active experts, S stacks in
 a pack, C = sum of E*R over the stacks in a pack (rank rows), X = S * largest E (expert columns, padded).
@@ -9,18 +9,19 @@ Per projection (Brainstacks paper, section 3.1; Shazeer et al. 2017, section 2.1
     g      = softmax over the K largest logits, 0 elsewhere
     delta  = s * sum_e g_e * B_e (A_e x),   s = alpha / sqrt(R)
 
-Only the training form has noise; a frozen stack is always computed by the serving form, which has none.
+Only the training form (`training_form.py`) has noise; a frozen stack is always computed by the serving form, which has
+none.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from stack_store.format import INPUT_GROUPS, Geometry, GroupTensors, ProjectionTensors, StackHeader
+from stack_store.format import INPUT_GROUPS, GroupTensors, StackHeader
 
 GroupKey = tuple[int, str]  # layer, input group
 
@@ -63,118 +64,6 @@ def load_balance_loss(noisy_logits: Tensor, gate: Tensor, top_k: int) -> Tensor:
     probability = noisy_logits.float().softmax(dim=-1).mean(dim=-2)  # (..., E)
     share = (gate > 0).float().mean(dim=-2).detach() / top_k  # (..., E)
     return num_experts * (probability * share).sum(dim=-1)
-
-
-class MoeLoraGroup(nn.Module):
-    """The training form of one layer's input group: P projections that read the same input."""
-
-    def __init__(self, in_features: int, out_features: Sequence[int], config: MoeLoraConfig) -> None:
-        super().__init__()
-        p, e, r = len(out_features), config.num_experts, config.rank
-        bound = 1.0 / math.sqrt(in_features)  # kaiming_uniform_ with a = sqrt(5)
-        self.config = config
-        self.a = nn.Parameter(torch.empty(p, e, r, in_features).uniform_(-bound, bound))
-        self.gate = nn.Parameter(torch.empty(p, e, in_features).normal_(0.0, 0.02))
-        self.noise = nn.Parameter(torch.zeros(p, e, in_features))
-        # Stored transposed, (E*R, O), as a stack file has it. Zero: a fresh stack changes nothing.
-        self.b = nn.ParameterList([nn.Parameter(torch.zeros(e * r, out)) for out in out_features])
-        self.aux_loss: Tensor | None = None  # of the latest forward in train mode, mean over the projections
-        self.expert_share: Tensor | None = None  # (P, E) share of the assignments in the latest forward
-
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> list[Tensor]:
-        """(T, I) -> P tensors (T, O), in x's dtype. `token_mask` (T,) bool leaves padding out of the balance."""
-        p, e, r = self.a.shape[0], self.config.num_experts, self.config.rank
-        weights = [self.a.reshape(p * e * r, -1), self.gate.reshape(p * e, -1)]
-        if self.training:
-            weights.append(self.noise.reshape(p * e, -1))
-        products = F.linear(x, torch.cat(weights).to(x.dtype))  # (T, P*E*R + P*E (+ P*E))
-        mid = products[:, : p * e * r].view(-1, p, e, r)
-        logits = products[:, p * e * r : p * e * (r + 1)].reshape(-1, p, e).float()
-        if self.training:
-            deviation = F.softplus(products[:, p * e * (r + 1) :].reshape(-1, p, e).float())
-            logits = logits + deviation * torch.randn_like(deviation)
-        gate = top_k_gate(logits, self.config.top_k)  # (T, P, E)
-        real_logits, real_gate = (logits, gate) if token_mask is None else (logits[token_mask], gate[token_mask])
-        self.expert_share = (real_gate.detach() > 0).float().mean(dim=0) / self.config.top_k
-        if self.training:
-            by_projection = (real_logits.transpose(0, 1), real_gate.transpose(0, 1))  # (P, T, E) each
-            self.aux_loss = load_balance_loss(*by_projection, self.config.top_k).mean()
-        weighted = (mid * (gate * self.config.scale).to(x.dtype).unsqueeze(-1)).flatten(2)  # (T, P, E*R)
-        return [weighted[:, i] @ b.to(x.dtype) for i, b in enumerate(self.b)]
-
-    def projection(self, index: int) -> ProjectionTensors:
-        """A copy of one projection's weights in the training layout, detached, float32."""
-        e, r = self.config.num_experts, self.config.rank
-        b = self.b[index].detach().float()  # (E*R, O)
-        return ProjectionTensors(
-            a=self.a[index].detach().float().clone(),
-            b=b.view(e, r, -1).transpose(1, 2).contiguous(),
-            gate=self.gate[index].detach().float().clone(),
-        )
-
-
-class MoeLoraStack(nn.Module):
-    """One trainable stack: an input group of each kind in every layer."""
-
-    def __init__(self, geometry: Geometry, config: MoeLoraConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.token_mask: Tensor | None = None  # (T,) bool of the running batch: which tokens are not padding
-        self.groups = nn.ModuleDict(
-            {
-                f"{layer}_{group}": MoeLoraGroup(
-                    geometry.shapes[members[0]][0], [geometry.shapes[name][1] for name in members], config
-                )
-                for layer in range(geometry.num_layers)
-                for group, members in INPUT_GROUPS.items()
-            }
-        )
-
-    def group(self, layer: int, group: str) -> MoeLoraGroup:
-        """The module of one layer's input group."""
-        module = self.groups[f"{layer}_{group}"]
-        assert isinstance(module, MoeLoraGroup)
-        return module
-
-    def all_groups(self) -> Iterable[MoeLoraGroup]:
-        """Every group, layer by layer."""
-        for module in self.groups.values():
-            assert isinstance(module, MoeLoraGroup)
-            yield module
-
-    def aux_loss(self) -> Tensor:
-        """Scalar: the load-balance loss of the latest forward, averaged over all projections."""
-        losses = [(group.aux_loss, len(group.b)) for group in self.all_groups() if group.aux_loss is not None]
-        weighted = torch.stack([loss * count for loss, count in losses])
-        return weighted.sum() / sum(count for _, count in losses)
-
-    def projections(self, num_layers: int) -> dict[tuple[int, str], ProjectionTensors]:
-        """Every projection's weights in the training layout, by layer and projection name."""
-        return {
-            (layer, name): self.group(layer, group).projection(index)
-            for layer in range(num_layers)
-            for group, members in INPUT_GROUPS.items()
-            for index, name in enumerate(members)
-        }
-
-
-class TrainingDeltas:
-    """The source of deltas while a stack trains: computes a group's deltas at its first projection."""
-
-    def __init__(self, stack: MoeLoraStack) -> None:
-        self.stack = stack
-        self._pending: list[Tensor] = []
-        self._input: Tensor | None = None
-
-    def add_delta(self, y: Tensor, x: Tensor, layer: int, group: str, index: int) -> Tensor:
-        """(..., O), (..., I) -> (..., O): y plus the delta of the stack being trained."""
-        if self._input is not x or index == 0:
-            module = self.stack.group(layer, group)
-            self._input, self._pending = x, module(x.reshape(-1, x.shape[-1]), self.stack.token_mask)
-        delta = self._pending[index]
-        if index == len(self._pending) - 1:
-            self._input, self._pending = None, []
-        return y + delta.view_as(y)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from engine.engine import Engine
 from engine.errors import EngineFailed, EngineStopped, PromptTooLong
 from engine.model.base import load_base
 from engine.model.inject import inject
-from engine.model.moe_lora import MoeLoraConfig, MoeLoraStack, ServingDeltas, StackPack, TrainingDeltas
+from engine.model.moe_lora import MoeLoraConfig, ServingDeltas, StackPack
+from engine.model.training_form import MoeLoraStack, TrainingDeltas
 from engine.slots import ResidentDomain
 from engine.types import Event, FinishedEvent, GenerationRequest, PromptEvent, SamplingParams, TokensEvent
 from tests.engines import Client, Collected, collect

@@ -55,6 +55,8 @@ def recipe(tmp_path: Path, tiny_base_folder: Callable[[str], Path]) -> Path:
 
 def invoke(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
     return result.exit_code, result.output
 
 
@@ -70,8 +72,8 @@ def test_a_recipe_becomes_a_store_that_serving_can_open(recipe: Path, tmp_path: 
         header = read_stack(registry.stack_path(stack), expected_digest=stack.digest).header
         assert (header.rank, header.weights, header.domain, header.round) == (2, "int8", entry.name, 1)
         report = json.loads((store / "reports" / f"{entry.name}.json").read_text())
-        assert report["stack_loss"] < report["base_loss"]
-        assert report["train_records"] == 16
+        assert report["loss"] < report["base_loss"]
+        assert report["train_examples"] == 16
 
     code, output = invoke("router", recipe, "--store", store)
     assert code == 0, output
@@ -86,7 +88,7 @@ def test_a_recipe_becomes_a_store_that_serving_can_open(recipe: Path, tmp_path: 
 
 def test_a_second_run_keeps_what_the_recipe_trained_already(recipe: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    assert invoke("run", recipe, "--output", store, "--only", "greet")[0] == 0
+    assert invoke("run", recipe, "--output", store, "--until", "greet")[0] == 0
     first = StackRegistry.open(store).manifest
     code, output = invoke("run", recipe, "--output", store)
     assert code == 0
@@ -98,10 +100,10 @@ def test_a_second_run_keeps_what_the_recipe_trained_already(recipe: Path, tmp_pa
 
 def test_mistakes_are_named_and_end_with_status_one(recipe: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    code, output = invoke("run", recipe, "--output", store, "--only", "grete")
+    code, output = invoke("run", recipe, "--output", store, "--until", "grete")
     assert code == 1
     assert "grete" in output
-    (tmp_path / "greet.jsonl").write_text('{"instruction": "x"}\n')
+    (tmp_path / "greet.jsonl").write_text('{"instruction": "x", "output": ""}\n')
     code, output = invoke("run", recipe, "--output", store)
     assert code == 1
     assert "greet.jsonl:1" in output
@@ -109,7 +111,7 @@ def test_mistakes_are_named_and_end_with_status_one(recipe: Path, tmp_path: Path
 
 def test_a_router_needs_its_domains_trained(recipe: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    assert invoke("run", recipe, "--output", store, "--only", "greet")[0] == 0
+    assert invoke("run", recipe, "--output", store, "--until", "greet")[0] == 0
     code, output = invoke("router", recipe, "--store", store)
     assert code == 1
     assert "animals" in output

@@ -10,16 +10,14 @@ from torch import Tensor
 
 from engine.model.moe_lora import (
     MoeLoraConfig,
-    MoeLoraGroup,
-    MoeLoraStack,
     ServingDeltas,
     ServingStack,
     StackPack,
-    TrainingDeltas,
     load_balance_loss,
     serving_stack,
     top_k_gate,
 )
+from engine.model.training_form import MoeLoraGroup, MoeLoraStack, TrainingDeltas
 from stack_store.format import INPUT_GROUPS, PROJECTIONS, Geometry, pack_groups
 from tests.stacks import Projections, header_for, random_projections, slow_delta, to_serving
 
@@ -228,3 +226,27 @@ def test_load_balance_is_one_when_balanced_and_pulls_towards_it() -> None:
 def test_impossible_shapes_are_refused_by_name(fields: dict[str, int], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         MoeLoraConfig(**fields)
+
+
+def test_the_balance_loss_moves_a_gate_that_favours_two_experts() -> None:
+    torch.manual_seed(0)
+    group = MoeLoraGroup(12, [12, 6], MoeLoraConfig(num_experts=4, rank=2))
+    x = torch.randn(200, 12) + 1.0
+    with torch.no_grad():
+        group.gate[:, :2] += 0.5  # x has a positive mean: every token chooses the first two
+
+    def shares() -> Tensor:
+        """(P, E), of the noisy choices that the loss balances."""
+        group.train()(x)
+        assert group.expert_share is not None
+        return group.expert_share
+
+    torch.testing.assert_close(shares(), torch.tensor([[0.5, 0.5, 0.0, 0.0]] * 2), atol=0.05, rtol=0)
+    optimizer = torch.optim.AdamW([group.gate, group.noise], lr=1e-2)
+    for _ in range(300):
+        group.train()(x)
+        assert group.aux_loss is not None
+        (0.01 * group.aux_loss).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert bool(((shares() > 0.15) & (shares() < 0.35)).all()), shares()

@@ -17,13 +17,28 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_a_recipe_knows_its_folder_and_the_digest_of_its_text(tmp_path: Path) -> None:
+def test_a_recipe_knows_its_folder_and_text(tmp_path: Path) -> None:
     recipe = read_recipe(written(tmp_path, GOOD))
     assert recipe.folder == tmp_path
     assert recipe.settings.stack.rank == 4
     assert recipe.settings.domains[0].files == ("math.jsonl",)
-    changed = read_recipe(written(tmp_path, GOOD.replace("seed = 1", "seed = 2")))
-    assert changed.digest != recipe.digest
+    assert recipe.text == GOOD
+
+
+def test_a_domains_digest_follows_what_its_stacks_depend_on(tmp_path: Path) -> None:
+    def digest(text: str, index: int = 0) -> str:
+        return read_recipe(written(tmp_path, text)).domain_digest(index)
+
+    same = digest(GOOD)
+    second = '[[domains]]\nname = "code"\nfiles = ["math.jsonl"]\n'
+    assert digest("# a comment\n" + GOOD) == same
+    assert digest(GOOD + second) == same  # a domain added behind it
+    assert digest(GOOD.replace("[[domains]]", "[router]\nepochs = 3\n[[domains]]")) == same
+    assert digest(GOOD + second, 1) != same
+    assert digest(GOOD.replace("seed = 1", "seed = 2")) != same
+    assert digest(GOOD.replace("rank = 4", "rank = 8")) != same
+    (tmp_path / "math.jsonl").write_text("{}\n")
+    assert read_recipe(tmp_path / "recipe.toml").domain_digest(0) != same
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from router.network import MetaRouter
 from router.policy import RoutingPolicy
 from router.router import Router
 from tests.fakes import TableHiddenStates, word_tokenizer
+from training.data.records import normalise_text
 from training.errors import TrainingDiverged
-from training.router_data import label_targets, normalise_prompt, split_by_prompt
+from training.router_data import label_targets, split_by_prompt
 from training.router_training import (
     RouterExamples,
     RouterProgress,
@@ -211,9 +212,9 @@ def test_a_split_never_shares_a_prompt(seed: int) -> None:
     ]
     train_rows, validation_rows = split_by_prompt(texts, validation_share=0.25, seed=seed)
     assert sorted(train_rows + validation_rows) == list(range(160))
-    held_out = {normalise_prompt(texts[row]) for row in validation_rows}
+    held_out = {normalise_text(texts[row]) for row in validation_rows}
     assert len(held_out) == 20
-    assert held_out.isdisjoint(normalise_prompt(texts[row]) for row in train_rows)
+    assert held_out.isdisjoint(normalise_text(texts[row]) for row in train_rows)
 
 
 def test_a_split_depends_on_the_prompts_and_the_seed_only() -> None:

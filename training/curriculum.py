@@ -1,0 +1,268 @@
+"""Trains a recipe's domains in their order: the outer loop, and how it goes on after a kill. Knows no mathematics.
+
+For each domain: its rounds, each frozen as a file; the store learns of all of them at once; then what the domain claims
+of each projection's output is measured and protected, and every domain so far is examined again. Each part is a
+function of the recipe and of the files before it, so a run that was killed repeats what it had not finished and comes
+to the same result.
+"""
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from engine.model.base import Base
+from engine.model.delta_recorder import ProjectionKey
+from engine.model.moe_lora import MoeLoraConfig, ServingStack
+from router.policy import RoutingPolicy
+from stack_store.registry import StackRegistry
+from training.context import Context, Rounds, pack_of
+from training.data.chat_tokens import special_tokens
+from training.data.examples import DomainExamples, render_domain
+from training.data.preparation import prepare_data
+from training.errors import TrainingDiverged
+from training.forgetting import Examiner, add_row
+from training.freezing import load_frozen, stored_b, write_frozen
+from training.journal import Journal
+from training.protected_space import ProtectedSpace, extend
+from training.recipe import DomainSection, Recipe, StackSection
+from training.reports import (
+    DomainReport,
+    ForgettingReport,
+    RoundReport,
+    SubspaceReport,
+    of_domains,
+    read_report,
+    report_path,
+    write_report,
+)
+from training.round_training import Progress, Task, train_round
+from training.seeds import derive_seed
+from training.subspaces import Directions, DomainSubspace, add_domain, empty_report
+from training.survey import claimed_directions, mean_deltas
+from training.workers import Workers
+
+Rows = Mapping[ProjectionKey, Tensor]
+Report = TypeVar("Report")
+
+
+class Spectator(Protocol):
+    """Who is told how a run goes."""
+
+    def round_starts(self, domain: str, round: int, steps: int) -> Callable[[Progress], None]:
+        """Returns what is to be called after each step."""
+        ...
+
+    def round_ends(self, domain: str, report: RoundReport) -> None: ...
+
+    def domain_ends(self, report: DomainReport, *, trained_now: bool) -> None: ...
+
+
+class Curriculum:
+    """One run of a recipe into a store."""
+
+    def __init__(
+        self, recipe: Recipe, base: Base, store: Path, *, policy: RoutingPolicy, workers: Workers, spectator: Spectator
+    ) -> None:
+        self._recipe, self._base, self._store, self._policy = recipe, base, store, policy
+        self._workers, self._spectator = workers, spectator
+        self._data = prepare_data(recipe, own_tokens=special_tokens(base.tokenizer))
+        self._examples: dict[str, DomainExamples] = {}
+        self._frozen: dict[str, tuple[ServingStack, ...]] = {}
+        self._directions: dict[str, Directions] = {}
+        self._protected = ProtectedSpace.empty(base.geometry)
+        self._write("data", self._data.report)
+        self._write("recipe", {"text": recipe.text})
+
+    def run(self, *, until: str | None = None) -> list[DomainReport]:
+        """Trains every domain, or those up to `until`, that is not finished; returns all their reports."""
+        reports = []
+        for index, domain in enumerate(self._recipe.settings.domains):
+            reports.append(self._domain(domain, self._recipe.domain_digest(index)))
+            if domain.name == until:
+                break
+        return reports
+
+    def _domain(self, domain: DomainSection, digest: str) -> DomainReport:
+        self._examples[domain.name] = render_domain(
+            self._base.tokenizer,
+            self._data.domains[domain.name],
+            max_tokens=self._recipe.settings.training.max_example_tokens,
+        )
+        journal = Journal(self._store, domain=domain.name, digest=digest)
+        finished = self._finished_report(domain.name, digest)
+        if finished is not None:
+            self._take_in(domain.name, journal)
+            self._spectator.domain_ends(finished, trained_now=False)
+            return finished
+        started = time.monotonic()
+        self._train_rounds(domain, digest, journal)
+        earlier = dict(self._frozen)
+        self._survey(domain.name, journal)
+        report = self._examine(domain.name, digest, journal, earlier=earlier, seconds=time.monotonic() - started)
+        if self._workers.is_first:
+            journal.drop_stacks()
+        self._spectator.domain_ends(report, trained_now=True)
+        return report
+
+    def _finished_report(self, domain: str, digest: str) -> DomainReport | None:
+        """The domain's report, if the store has its stacks as this recipe makes them, and all was measured."""
+        if not self._is_registered(domain, digest):
+            return None
+        report = read_report(report_path(self._store, domain), DomainReport)
+        return report if report is not None and report.recipe_digest == digest else None
+
+    def _train_rounds(self, domain: DomainSection, digest: str, journal: Journal) -> None:
+        """Trains the rounds that are not finished and registers the domain."""
+        most = domain.rounds or self._recipe.settings.training.rounds
+        while not (rounds := journal.rounds()) or (rounds[-1].kept and len(rounds) < most):
+            self._round(domain, digest, journal, rounds)
+            self._workers.wait()
+        if not rounds[0].kept:
+            raise TrainingDiverged(
+                f"domain {domain.name!r}: its first round brought the held-out loss from {rounds[0].start_loss:.4f} to "
+                f"{rounds[0].best_loss:.4f}; there is no stack to keep"
+            )
+        if self._workers.is_first and not self._is_registered(domain.name, digest):
+            with closing(StackRegistry.open(self._store)) as registry:
+                registry.register_domain(domain.name, [journal.stack_path(r.round) for r in rounds if r.kept])
+        self._workers.wait()
+
+    def _round(self, domain: DomainSection, digest: str, journal: Journal, finished: Sequence[RoundReport]) -> None:
+        settings = self._recipe.settings
+        number = len(finished) + 1
+        own = load_frozen(self._base, [journal.stack_path(r.round) for r in finished])
+        training = settings.training.model_copy(update={"steps": domain.steps or settings.training.steps})
+        task = Task(
+            base=self._base,
+            train=self._examples[domain.name].train,
+            held_out=self._examples[domain.name].held_out,
+            context=Context(training.context, own=own, earlier=self._frozen),
+            protected=self._protected if settings.null_space.enabled else None,
+            settings=training,
+            workers=self._workers,
+        )
+        stack, report, experts = train_round(
+            task,
+            round=number,
+            config=stack_config(settings.stack),
+            seed=derive_seed(settings.seed, domain.name, number),
+            on_progress=self._spectator.round_starts(domain.name, number, training.steps),
+        )
+        if self._workers.is_first:
+            if report.kept:
+                write_frozen(
+                    self._base,
+                    stack,
+                    task.protected,
+                    journal.stack_path(number),
+                    domain=domain.name,
+                    round=number,
+                    section=settings.stack,
+                    recipe_digest=digest,
+                )
+            journal.finish_round(report, experts)
+        self._spectator.round_ends(domain.name, report)
+
+    def _take_in(self, domain: str, journal: Journal) -> None:
+        """Counts a finished domain among the frozen."""
+        self._frozen[domain] = load_frozen(self._base, self._stack_paths(domain))
+        kept = journal.load_directions(self._base.geometry)
+        if kept is None:  # a store that was copied without its journals
+            self._protect(domain, self._mean_deltas(domain), journal)
+        else:
+            own, self._protected = kept
+            self._directions[domain] = own.bases
+
+    def _survey(self, domain: str, journal: Journal) -> None:
+        """Counts a domain that was just registered among the frozen, and reports where its deltas lie."""
+        self._frozen[domain] = load_frozen(self._base, self._stack_paths(domain))
+        before, earlier = self._protected, dict(self._directions)
+        rows = self._mean_deltas(domain)
+        values = self._protect(domain, rows, journal)
+        subspace = DomainSubspace(
+            rows={key: row.cpu() for key, row in rows.items()},
+            directions=self._directions[domain],
+            singular_values=values,
+            folded_b=stored_b(self._stack_paths(domain)),
+            before=before,
+            after=self._protected,
+        )
+        known = self._report_so_far("subspaces", SubspaceReport, earlier) or empty_report()
+        self._write("subspaces", add_domain(known, domain, subspace, earlier))
+
+    def _mean_deltas(self, domain: str) -> Rows:
+        pack = pack_of([domain], self._frozen)
+        assert pack is not None
+        return mean_deltas(
+            self._base,
+            pack,
+            self._examples[domain].held_out[: self._recipe.settings.null_space.samples],
+            max_tokens=self._recipe.settings.training.tokens_per_step,
+        )
+
+    def _protect(self, domain: str, rows: Rows, journal: Journal) -> Rows:
+        """Extends what is protected by the domain's leading directions; returns their singular values (K,)."""
+        section = self._recipe.settings.null_space
+        directions, values = claimed_directions(rows, count=section.directions, seed=self._recipe.settings.seed)
+        self._directions[domain] = directions
+        self._protected = extend(self._protected, directions, max_share=section.max_share)
+        if self._workers.is_first:
+            journal.save_directions(own=ProtectedSpace(directions), after=self._protected)
+        return values
+
+    def _examine(
+        self, domain: str, digest: str, journal: Journal, *, earlier: Mapping[str, Rounds], seconds: float
+    ) -> DomainReport:
+        """Measures every domain so far, and writes what training this one did."""
+        settings = self._recipe.settings
+        held_out = {name: examples.held_out for name, examples in self._examples.items()}
+        examiner = Examiner(self._base, held_out, max_tokens=settings.training.tokens_per_step, workers=self._workers)
+        base_loss = examiner.loss(domain, None)
+        known = self._report_so_far("forgetting", ForgettingReport, earlier)
+        losses = examiner.losses_by_mode(self._frozen, self._policy)
+        self._write("forgetting", add_row(known, domain, base_loss, losses))
+        context = Context(settings.training.context, own=self._frozen[domain], earlier=earlier)
+        rounds = journal.rounds()
+        report = DomainReport(
+            domain=domain,
+            recipe_digest=digest,
+            train_examples=len(self._examples[domain].train),
+            held_out_examples=len(self._examples[domain].held_out),
+            too_long=self._examples[domain].too_long,
+            base_loss=base_loss,
+            context_loss=rounds[0].start_loss,
+            loss=examiner.loss(domain, context.for_validation()),
+            rounds=rounds,
+            experts=journal.experts(1),
+            seconds=round(seconds, 1),
+        )
+        self._write(domain, report)
+        return report
+
+    def _is_registered(self, domain: str, digest: str) -> bool:
+        """Whether the store's stacks of this domain are those of the recipe."""
+        with closing(StackRegistry.open(self._store)) as registry:
+            entries = [entry for entry in registry.manifest.domains if entry.name == domain]
+            return bool(entries) and all(registry.header(stack).recipe_digest == digest for stack in entries[0].stacks)
+
+    def _stack_paths(self, domain: str) -> list[Path]:
+        with closing(StackRegistry.open(self._store)) as registry:
+            return [registry.stack_path(stack) for stack in registry.domain(domain).stacks]
+
+    def _report_so_far(self, name: str, kind: type[Report], domains: Collection[str]) -> Report | None:
+        """The report of these domains, without what an earlier run with another recipe left in it."""
+        report = read_report(report_path(self._store, name), kind) if domains else None
+        return None if report is None else of_domains(report, domains)
+
+    def _write(self, name: str, report: object) -> None:
+        if self._workers.is_first:
+            write_report(report_path(self._store, name), report)
+
+
+def stack_config(section: StackSection) -> MoeLoraConfig:
+    """The shape of a recipe's stacks."""
+    return MoeLoraConfig(section.num_experts, section.rank, section.top_k, section.alpha)
