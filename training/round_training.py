@@ -70,7 +70,7 @@ def train_round(
     torch.manual_seed(derive_seed(seed, "weights"))
     stack = MoeLoraStack(task.base.geometry, config).to(task.base.device)
     if task.protected is not None:
-        stack.protect(task.protected.bases)
+        stack.protect({key: basis.to(task.base.device) for key, basis in task.protected.bases.items()})
     deltas = TrainingDeltas(stack)
     inject(task.base.sites, deltas)
     run = _Run(task, stack, deltas, seed)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.model.base import Base, load_base
+from engine.model.base import Base, DtypeName, load_base
 from engine.model.inject import inject
 from engine.model.moe_lora import MoeLoraConfig, StackPack
 from engine.model.training_form import MoeLoraStack, TrainingDeltas
@@ -284,6 +284,22 @@ def test_earlier_domains_are_active_as_the_context_says(base: Base) -> None:
     assert drawn == [count(sampled.for_step(seed)) for seed in range(40)]
     assert count(sampled.for_validation()) == 1
     assert count(Context("all", own=(), earlier={}).for_step(1)) == 0
+
+
+def test_products_in_bfloat16_train_weights_in_float32(tiny_base_folder: Callable[[str], Path]) -> None:
+    base = load_base(str(tiny_base_folder("llama")), base_format="nf4-dense", dtype="bfloat16")
+    stack, report, _ = train(base)
+    assert report.best_loss < report.start_loss - 0.5
+    assert {weight.dtype for weight in stack.parameters()} == {torch.float32}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_packed_base_trains_on_cuda(tiny_base_folder: Callable[[str], Path], dtype: DtypeName) -> None:
+    base = load_base(str(tiny_base_folder("llama")), base_format="nf4", dtype=dtype, device="cuda")
+    _, report, _ = train(base)
+    assert report.best_loss < report.start_loss - 0.5
 
 
 def stack_with(value: float, base: Base) -> MoeLoraStack:
