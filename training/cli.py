@@ -58,6 +58,20 @@ def figures(
     raise typer.Exit(run_figures(store, output))
 
 
+@app.command()
+def compare(
+    experiment: Annotated[Path, typer.Argument(help="The experiment, a TOML file.", exists=True, dir_okay=False)],
+    output: Annotated[Path, typer.Option(help="Folder of the runs' stores and of the result.", file_okay=False)],
+    base: BaseOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Trains variants of a recipe from several seeds and compares them; goes on behind what is finished."""
+    _settle_threads(threads)
+    from training.comparison_command import run_comparison
+
+    raise typer.Exit(run_comparison(experiment, output, base))
+
+
 def _settle_threads(threads: int | None) -> None:
     """Sets OpenMP up before torch is imported: large products, so waiting threads spin only briefly."""
     if threads is not None:

@@ -1,4 +1,4 @@
-"""Writes a comparison as Markdown: for each domain a table of measures by variant. Knows words, not where numbers are from."""
+"""Writes a comparison as Markdown: for each domain a table of measures by variant. Knows words, no reports."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,7 +11,7 @@ MEASURES: Mapping[str, tuple[str, str]] = {
     "base_loss": ("base loss", ".4f"),
     "context_loss": ("loss in context, before", ".4f"),
     "loss": ("loss in context, after", ".4f"),
-    "gain": ("base loss less that", ".4f"),
+    "gain": ("gain over the base", ".4f"),
     "isolated": ("isolated, at the end", ".4f"),
     "ungated": ("ungated, at the end", ".4f"),
     "routed": ("routed, at the end", ".4f"),
