@@ -201,7 +201,7 @@ class Curriculum:
             self._base,
             pack,
             self._examples[domain].held_out[: self._recipe.settings.null_space.samples],
-            max_tokens=self._recipe.settings.training.tokens_per_step,
+            max_tokens=self._recipe.settings.training.max_pass_tokens,
         )
 
     def _protect(self, domain: str, rows: Rows, journal: Journal) -> Rows:
@@ -220,7 +220,7 @@ class Curriculum:
         """Measures every domain so far, and writes what training this one did."""
         settings = self._recipe.settings
         held_out = {name: examples.held_out for name, examples in self._examples.items()}
-        examiner = Examiner(self._base, held_out, max_tokens=settings.training.tokens_per_step, workers=self._workers)
+        examiner = Examiner(self._base, held_out, max_tokens=settings.training.max_pass_tokens, workers=self._workers)
         base_loss = examiner.loss(domain, None)
         known = self._report_so_far("forgetting", ForgettingReport, earlier)
         losses = examiner.losses_by_mode(self._frozen, self._policy)

@@ -73,6 +73,11 @@ class TrainingSection(_Section):
     patience: Positive = 4
     spike: PositiveFloat = 0.1
 
+    @property
+    def max_pass_tokens(self) -> int:
+        """What one forward may hold, in training and in evaluation alike."""
+        return min(self.tokens_per_pass or self.tokens_per_step, self.tokens_per_step)
+
 
 class NullSpaceSection(_Section):
     """Which output directions of earlier domains a new stack may not use (section 3.5)."""

@@ -76,7 +76,7 @@ def train_round(
     run = _Run(task, stack, deltas, seed)
     report = run.train(round, on_progress)
     deltas.use_frozen(task.context.for_validation())
-    shares = expert_shares(task.base, deltas, task.held_out, max_tokens=task.settings.tokens_per_step)
+    shares = expert_shares(task.base, deltas, task.held_out, max_tokens=task.settings.max_pass_tokens)
     return stack, report, shares
 
 
@@ -188,7 +188,7 @@ class _Run:
             self.task.base,
             self.deltas,
             self.task.held_out,
-            max_tokens=self.task.settings.tokens_per_step,
+            max_tokens=self.task.settings.max_pass_tokens,
             workers=self.task.workers,
         )
         self.validation.append((step, loss))
