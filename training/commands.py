@@ -40,6 +40,8 @@ def run_recipe(recipe_path: Path, output: Path, *, until: str | None, base_spec:
     try:
         recipe = with_base(read_recipe(recipe_path), base_spec)
         _require_known(recipe, until)
+        if workers.count > 1 and recipe.settings.training.tokens_per_pass is None:
+            raise RecipeInvalid(f"{workers.count} workers share the passes of a step: set training.tokens_per_pass")
         base = load_training_base(recipe, workers)
         make_store(output, base, workers)
         with _bars(console) as bars:
@@ -53,7 +55,7 @@ def run_recipe(recipe_path: Path, output: Path, *, until: str | None, base_spec:
             )
             reports = curriculum.run(until=until)
     except EXPECTED_ERRORS as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}")
+        show_error(error)
         return 1
     console.print(_loss_table(reports))
     return 0
@@ -75,10 +77,15 @@ def run_router(recipe_path: Path, store: Path, *, base_spec: str | None) -> int:
         report = asdict(trained.metrics) | {"best_epoch": trained.best_epoch}
         write_report(report_path(store, "router"), report)
     except EXPECTED_ERRORS as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}")
+        show_error(error)
         return 1
     console.print(_router_table(trained.metrics))
     return 0
+
+
+def show_error(error: Exception) -> None:
+    """Every worker names its own, whichever console it was given."""
+    Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}")
 
 
 class _ConsoleSpectator:

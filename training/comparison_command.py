@@ -37,7 +37,7 @@ def run_comparison(experiment: Path, output: Path, base_spec: str | None) -> int
         if workers.is_first:
             _write(comparison, output, console)
     except EXPECTED_ERRORS as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         return 1
     return 1 if comparison.failures() else 0
 

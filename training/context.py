@@ -2,7 +2,7 @@
 
 The setting `training.context`: `all` is the paper's (section 3.4: every earlier domain at weight 1), `isolated` has
 the domain's own earlier rounds only, which is what serving adds when the router chooses this domain alone, and
-`sampled` adds a random half of the earlier domains, drawn anew at each step.
+`sampled` adds each earlier domain with probability one half, drawn anew at each step.
 """
 
 import random

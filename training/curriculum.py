@@ -6,7 +6,6 @@ function of the recipe and of the files before it, so a run that was killed repe
 to the same result.
 """
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +20,7 @@ from router.policy import RoutingPolicy
 from stack_store.registry import StackRegistry
 from training.context import Context, Rounds, pack_of
 from training.data.chat_tokens import special_tokens
-from training.data.examples import DomainExamples, render_domain
+from training.data.examples import DomainExamples, Example, render_domain
 from training.data.preparation import prepare_data
 from training.errors import TrainingDiverged
 from training.forgetting import Examiner, add_row
@@ -70,42 +69,44 @@ class Curriculum:
         self._recipe, self._base, self._store, self._policy = recipe, base, store, policy
         self._workers, self._spectator = workers, spectator
         self._data = prepare_data(recipe, own_tokens=special_tokens(base.tokenizer))
-        self._examples: dict[str, DomainExamples] = {}
+        # Now, with the data: a file that changes while the run goes on must not change what the data are called.
+        self._digests = [recipe.domain_digest(index) for index in range(len(recipe.settings.domains))]
+        self._held_out: dict[str, list[Example]] = {}
         self._frozen: dict[str, tuple[ServingStack, ...]] = {}
         self._directions: dict[str, Directions] = {}
         self._protected = ProtectedSpace.empty(base.geometry)
-        self._write("data", self._data.report)
-        self._write("recipe", {"text": recipe.text})
 
     def run(self, *, until: str | None = None) -> list[DomainReport]:
         """Trains every domain, or those up to `until`, that is not finished; returns all their reports."""
+        self._write("data", self._data.report)
+        settings = self._recipe.settings.model_dump(mode="json")
+        self._write("recipe", {"text": self._recipe.text, "settings": settings})
         reports = []
-        for index, domain in enumerate(self._recipe.settings.domains):
-            reports.append(self._domain(domain, self._recipe.domain_digest(index)))
+        for domain, digest in zip(self._recipe.settings.domains, self._digests, strict=True):
+            reports.append(self._domain(domain, digest))
             if domain.name == until:
                 break
         return reports
 
     def _domain(self, domain: DomainSection, digest: str) -> DomainReport:
-        self._examples[domain.name] = render_domain(
+        examples = render_domain(
             self._base.tokenizer,
             self._data.domains[domain.name],
             max_tokens=self._recipe.settings.training.max_example_tokens,
         )
+        self._held_out[domain.name] = examples.held_out
         journal = Journal(self._store, domain=domain.name, digest=digest)
-        finished = self._finished_report(domain.name, digest)
-        if finished is not None:
-            self._take_in(domain.name, journal)
-            self._spectator.domain_ends(finished, trained_now=False)
-            return finished
-        started = time.monotonic()
-        self._train_rounds(domain, digest, journal)
-        earlier = dict(self._frozen)
-        self._survey(domain.name, journal)
-        report = self._examine(domain.name, digest, journal, earlier=earlier, seconds=time.monotonic() - started)
         if self._workers.is_first:
-            journal.drop_stacks()
-        self._spectator.domain_ends(report, trained_now=True)
+            journal.require_records(self._data.domains[domain.name].digest)
+        finished = self._finished_report(domain.name, digest)
+        earlier = dict(self._frozen)
+        if finished is None:
+            self._train_rounds(domain, digest, journal, examples)
+        self._take_in(domain.name, journal, is_new=finished is None)
+        report = finished or self._examine(domain.name, digest, journal, examples, earlier)
+        if self._workers.is_first:
+            journal.tidy()
+        self._spectator.domain_ends(report, trained_now=finished is None)
         return report
 
     def _finished_report(self, domain: str, digest: str) -> DomainReport | None:
@@ -115,11 +116,13 @@ class Curriculum:
         report = read_report(report_path(self._store, domain), DomainReport)
         return report if report is not None and report.recipe_digest == digest else None
 
-    def _train_rounds(self, domain: DomainSection, digest: str, journal: Journal) -> None:
+    def _train_rounds(self, domain: DomainSection, digest: str, journal: Journal, examples: DomainExamples) -> None:
         """Trains the rounds that are not finished and registers the domain."""
         most = domain.rounds or self._recipe.settings.training.rounds
-        while not (rounds := journal.rounds()) or (rounds[-1].kept and len(rounds) < most):
-            self._round(domain, digest, journal, rounds)
+        # Without their stacks, which are the store's once it has them, rounds are worth nothing.
+        with_stacks = not self._is_registered(domain.name, digest)
+        while not (rounds := journal.rounds(with_stacks=with_stacks)) or (rounds[-1].kept and len(rounds) < most):
+            self._round(domain, digest, journal, rounds, examples)
             self._workers.wait()
         if not rounds[0].kept:
             raise TrainingDiverged(
@@ -131,27 +134,37 @@ class Curriculum:
                 registry.register_domain(domain.name, [journal.stack_path(r.round) for r in rounds if r.kept])
         self._workers.wait()
 
-    def _round(self, domain: DomainSection, digest: str, journal: Journal, finished: Sequence[RoundReport]) -> None:
+    def _round(
+        self,
+        domain: DomainSection,
+        digest: str,
+        journal: Journal,
+        finished: Sequence[RoundReport],
+        examples: DomainExamples,
+    ) -> None:
         settings = self._recipe.settings
         number = len(finished) + 1
         own = load_frozen(self._base, [journal.stack_path(r.round) for r in finished])
         training = settings.training.model_copy(update={"steps": domain.steps or settings.training.steps})
         task = Task(
             base=self._base,
-            train=self._examples[domain.name].train,
-            held_out=self._examples[domain.name].held_out,
+            train=examples.train,
+            held_out=examples.held_out,
             context=Context(training.context, own=own, earlier=self._frozen),
             protected=self._protected if settings.null_space.enabled else None,
             settings=training,
             workers=self._workers,
         )
-        stack, report, experts = train_round(
-            task,
-            round=number,
-            config=stack_config(settings.stack),
-            seed=derive_seed(settings.seed, domain.name, number),
-            on_progress=self._spectator.round_starts(domain.name, number, training.steps),
-        )
+        try:
+            stack, report, experts = train_round(
+                task,
+                round=number,
+                config=stack_config(settings.stack),
+                seed=derive_seed(settings.seed, domain.name, number),
+                on_progress=self._spectator.round_starts(domain.name, number, training.steps),
+            )
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"domain {domain.name!r}, round {number}: {error}") from error
         if self._workers.is_first:
             if report.kept:
                 write_frozen(
@@ -167,32 +180,38 @@ class Curriculum:
             journal.finish_round(report, experts)
         self._spectator.round_ends(domain.name, report)
 
-    def _take_in(self, domain: str, journal: Journal) -> None:
-        """Counts a finished domain among the frozen."""
+    def _take_in(self, domain: str, journal: Journal, *, is_new: bool) -> None:
+        """Counts a registered domain among the frozen, and what it claims among the protected.
+
+        The first worker finds the directions and writes them; all read them, for each device would find its own.
+        """
         self._frozen[domain] = load_frozen(self._base, self._stack_paths(domain))
+        # A store that was copied without its journals has a finished domain without directions.
+        if self._workers.is_first and (is_new or journal.load_directions(self._base.geometry) is None):
+            self._survey(domain, journal)
+        self._workers.wait()
         kept = journal.load_directions(self._base.geometry)
-        if kept is None:  # a store that was copied without its journals
-            self._protect(domain, self._mean_deltas(domain), journal)
-        else:
-            own, self._protected = kept
-            self._directions[domain] = own.bases
+        assert kept is not None
+        own, self._protected = kept
+        self._directions[domain] = own.bases
 
     def _survey(self, domain: str, journal: Journal) -> None:
-        """Counts a domain that was just registered among the frozen, and reports where its deltas lie."""
-        self._frozen[domain] = load_frozen(self._base, self._stack_paths(domain))
-        before, earlier = self._protected, dict(self._directions)
+        """Finds where a domain's deltas lie, writes the directions down and reports them."""
+        section = self._recipe.settings.null_space
         rows = self._mean_deltas(domain)
-        values = self._protect(domain, rows, journal)
+        directions, values = claimed_directions(rows, count=section.directions, seed=self._recipe.settings.seed)
+        after = extend(self._protected, directions, max_share=section.max_share)
         subspace = DomainSubspace(
             rows={key: row.cpu() for key, row in rows.items()},
-            directions=self._directions[domain],
+            directions=directions,
             singular_values=values,
             folded_b=stored_b(self._stack_paths(domain)),
-            before=before,
-            after=self._protected,
+            before=self._protected,
+            after=after,
         )
-        known = self._report_so_far("subspaces", SubspaceReport, earlier) or empty_report()
-        self._write("subspaces", add_domain(known, domain, subspace, earlier))
+        known = self._report_so_far("subspaces", SubspaceReport, self._directions) or empty_report()
+        self._write("subspaces", add_domain(known, domain, subspace, self._directions))
+        journal.save_directions(own=ProtectedSpace(directions), after=after)
 
     def _mean_deltas(self, domain: str) -> Rows:
         pack = pack_of([domain], self._frozen)
@@ -200,45 +219,36 @@ class Curriculum:
         return mean_deltas(
             self._base,
             pack,
-            self._examples[domain].held_out[: self._recipe.settings.null_space.samples],
+            self._held_out[domain][: self._recipe.settings.null_space.samples],
             max_tokens=self._recipe.settings.training.max_pass_tokens,
         )
 
-    def _protect(self, domain: str, rows: Rows, journal: Journal) -> Rows:
-        """Extends what is protected by the domain's leading directions; returns their singular values (K,)."""
-        section = self._recipe.settings.null_space
-        directions, values = claimed_directions(rows, count=section.directions, seed=self._recipe.settings.seed)
-        self._directions[domain] = directions
-        self._protected = extend(self._protected, directions, max_share=section.max_share)
-        if self._workers.is_first:
-            journal.save_directions(own=ProtectedSpace(directions), after=self._protected)
-        return values
-
     def _examine(
-        self, domain: str, digest: str, journal: Journal, *, earlier: Mapping[str, Rounds], seconds: float
+        self, domain: str, digest: str, journal: Journal, examples: DomainExamples, earlier: Mapping[str, Rounds]
     ) -> DomainReport:
         """Measures every domain so far, and writes what training this one did."""
         settings = self._recipe.settings
-        held_out = {name: examples.held_out for name, examples in self._examples.items()}
-        examiner = Examiner(self._base, held_out, max_tokens=settings.training.max_pass_tokens, workers=self._workers)
+        examiner = Examiner(
+            self._base, self._held_out, max_tokens=settings.training.max_pass_tokens, workers=self._workers
+        )
         base_loss = examiner.loss(domain, None)
         known = self._report_so_far("forgetting", ForgettingReport, earlier)
         losses = examiner.losses_by_mode(self._frozen, self._policy)
         self._write("forgetting", add_row(known, domain, base_loss, losses))
         context = Context(settings.training.context, own=self._frozen[domain], earlier=earlier)
-        rounds = journal.rounds()
+        rounds = journal.rounds(with_stacks=False)
         report = DomainReport(
             domain=domain,
             recipe_digest=digest,
-            train_examples=len(self._examples[domain].train),
-            held_out_examples=len(self._examples[domain].held_out),
-            too_long=self._examples[domain].too_long,
+            train_examples=len(examples.train),
+            held_out_examples=len(examples.held_out),
+            too_long=examples.too_long,
             base_loss=base_loss,
             context_loss=rounds[0].start_loss,
             loss=examiner.loss(domain, context.for_validation()),
             rounds=rounds,
             experts=journal.experts(1),
-            seconds=round(seconds, 1),
+            seconds=round(sum(of_round.seconds for of_round in rounds), 1),
         )
         self._write(domain, report)
         return report

@@ -8,7 +8,7 @@ floor.
 from collections.abc import Mapping, Sequence
 
 from engine.model.base import Base
-from engine.model.inject import inject
+from engine.model.inject import injected
 from engine.model.moe_lora import StackPack
 from engine.model.training_form import TrainingDeltas
 from router.policy import RoutingPolicy
@@ -32,10 +32,10 @@ class Examiner:
         """Held-out loss of a domain with these frozen stacks, each at its weight or at 1; None is the base alone."""
         deltas = TrainingDeltas()
         deltas.use_frozen(pack, weights)
-        inject(self._base.sites, deltas)
-        return mean_answer_loss(
-            self._base, deltas, self._held_out[domain], max_tokens=self._max_tokens, workers=self._workers
-        )
+        with injected(self._base.sites, deltas):
+            return mean_answer_loss(
+                self._base, deltas, self._held_out[domain], max_tokens=self._max_tokens, workers=self._workers
+            )
 
     def losses_by_mode(self, frozen: Mapping[str, Rounds], policy: RoutingPolicy) -> dict[str, dict[str, float]]:
         """mode -> domain -> loss, of every frozen domain."""

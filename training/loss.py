@@ -55,7 +55,7 @@ def pack(examples: Sequence[Example], device: torch.device) -> Layout:
 
 def answer_loss_sum(base: Base, deltas: TrainingDeltas, layout: Layout) -> tuple[Tensor, int]:
     """Summed loss (scalar, float32) over the answer tokens of a pass, and their number. Padding counts nothing."""
-    deltas.real_tokens = layout.real.flatten()
+    deltas.real_tokens = None if layout.positions is not None else layout.real.flatten()
     padding = {"attention_mask": layout.real.long()} if layout.positions is None else {"position_ids": layout.positions}
     hidden = base.decoder(input_ids=layout.token_ids, use_cache=False, **padding).last_hidden_state  # (N, L, H)
     targets = layout.token_ids[:, 1:][layout.before_answer[:, :-1]]  # (A,)

@@ -66,7 +66,7 @@ class TrainingSection(_Section):
     max_example_tokens: Positive = 512
     learning_rate: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    warmup_steps: Annotated[int, Field(ge=0)] = 40
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None  # None: a tenth of the steps
     clip_norm: PositiveFloat = 1.0
     aux_weight: Annotated[float, Field(ge=0.0)] = 0.01
     eval_every: Positive = 50
@@ -76,7 +76,7 @@ class TrainingSection(_Section):
     @property
     def max_pass_tokens(self) -> int:
         """What one forward may hold, in training and in evaluation alike."""
-        return min(self.tokens_per_pass or self.tokens_per_step, self.tokens_per_step)
+        return self.tokens_per_pass or self.tokens_per_step
 
 
 class NullSpaceSection(_Section):
@@ -184,6 +184,15 @@ class RecipeFile(_Section):
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
             raise ValueError(f"domain names repeat: {sorted(repeated)}")
+        warmup = self.training.warmup_steps
+        for steps in (self.training.steps, *(domain.steps for domain in self.domains if domain.steps)):
+            if warmup is not None and warmup >= steps:
+                raise ValueError(f"training.warmup_steps is {warmup}: of {steps} steps none would have the full rate")
+        if (self.training.tokens_per_pass or 0) > self.training.tokens_per_step:
+            raise ValueError(
+                f"training.tokens_per_pass {self.training.tokens_per_pass} is more than "
+                f"training.tokens_per_step {self.training.tokens_per_step}"
+            )
         if self.stack.weights == "int8" and self.null_space.enabled and self.null_space.max_share > INT8_MAX_SHARE:
             raise ValueError(
                 f"null_space.max_share is {self.null_space.max_share}: rounding to int8 would put more than 1e-6 of a "

@@ -49,10 +49,10 @@ class DomainReport:
     too_long: int  # records left out: longer than max_example_tokens
     base_loss: float  # the base alone
     context_loss: float  # with what else was active while it trained, before round 1; equals base_loss if isolated
-    loss: float  # with its kept rounds, in that same context
+    loss: float  # with its kept rounds, in that same context, which under `sampled` is its own rounds alone
     rounds: tuple[RoundReport, ...]
     experts: Mapping[ProjectionName, tuple[float, ...]]  # of round 1: each expert's share of the assignments, E numbers
-    seconds: float
+    seconds: float  # of its rounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,12 @@ class SubspaceReport:
     singular_values: Mapping[DomainName, Mapping[ProjectionName, tuple[float, ...]]]  # of a domain's deltas, K numbers
     # Between the K leading directions of two domains: mean cosine of the principal angles.
     cosines: Mapping[DomainName, Mapping[DomainName, Mapping[ProjectionName, float]]]
-    # Of a frozen domain's B, the share of its squared norm inside what was protected when it trained.
+    # Of a frozen domain's B, the share of its squared norm inside what earlier domains had claimed: what was protected
+    # while it trained, if the null space was enabled.
     protected_energy: Mapping[DomainName, Mapping[ProjectionName, float]]
     # Of a domain's mean deltas, the share of their squared norm inside the earlier domains' protected directions.
     overlap: Mapping[DomainName, Mapping[ProjectionName, float]]
-    protected_share: Mapping[DomainName, Mapping[ProjectionName, float]]  # of O, after the domain
+    protected_share: Mapping[DomainName, Mapping[ProjectionName, float]]  # of O: what is claimed after the domain
 
 
 def of_domains(report: Report, domains: Collection[str]) -> Report:

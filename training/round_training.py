@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from engine.model.base import Base
-from engine.model.inject import inject
+from engine.model.inject import injected
 from engine.model.moe_lora import MoeLoraConfig
 from engine.model.training_form import MoeLoraStack, TrainingDeltas
 from training.best_stack import BestStack
@@ -63,20 +63,17 @@ def train_round(
 ) -> tuple[MoeLoraStack, RoundReport, dict[str, tuple[float, ...]]]:
     """Trains a fresh stack in its context; returns it with its best weights, and its experts' shares by projection.
 
-    Reproducible from the seed.
-
-    Raises TrainingDiverged if no validation loss was finite.
+    Reproducible from the seed. Raises TrainingDiverged if no validation loss was finite.
     """
     torch.manual_seed(derive_seed(seed, "weights"))
     stack = MoeLoraStack(task.base.geometry, config).to(task.base.device)
     if task.protected is not None:
         stack.protect({key: basis.to(task.base.device) for key, basis in task.protected.bases.items()})
     deltas = TrainingDeltas(stack)
-    inject(task.base.sites, deltas)
-    run = _Run(task, stack, deltas, seed)
-    report = run.train(round, on_progress)
-    deltas.use_frozen(task.context.for_validation())
-    shares = expert_shares(task.base, deltas, task.held_out, max_tokens=task.settings.max_pass_tokens)
+    with injected(task.base.sites, deltas):
+        report = _Run(task, stack, deltas, seed).train(round, on_progress)
+        deltas.use_frozen(task.context.for_validation())
+        shares = expert_shares(task.base, deltas, task.held_out, max_tokens=task.settings.max_pass_tokens)
     return stack, report, shares
 
 
@@ -148,26 +145,13 @@ class _Run:
         )
 
     def _step(self, step: int, passes: Sequence[Pass]) -> float:
-        """One optimiser step; returns its mean answer loss, without the load-balance term.
-
-        Each pass is weighed by its share of the whole step's tokens, so their number does not change the loss.
-        """
-        self.stack.train()
+        """One optimiser step; returns its mean answer loss, without the load-balance term."""
         self.deltas.use_frozen(self.task.context.for_step(derive_seed(self.seed, "context", step)))
-        answer_tokens = sum(example.answer_length for examples in passes for example in examples)
-        tokens = sum(len(example.token_ids) for examples in passes for example in examples)
-        loss = torch.zeros((), dtype=torch.float64)
-        for index, examples in self.task.workers.mine(list(enumerate(passes))):
-            torch.manual_seed(derive_seed(self.seed, "noise", step, index))  # whichever worker takes the pass
-            layout = (pack if self.task.settings.packing else pad)(examples, self.task.base.device)
-            loss_sum, _ = answer_loss_sum(self.task.base, self.deltas, layout)
-            share = sum(len(example.token_ids) for example in examples) / tokens
-            balance = self.task.settings.aux_weight * share * self.stack.aux_loss()
-            self.scaler.scale(loss_sum / answer_tokens + balance).backward()  # type: ignore[no-untyped-call]
-            loss += loss_sum.item() / answer_tokens
+        noise_seed = derive_seed(self.seed, "noise", step)
+        loss = accumulate_gradients(self.task, self.deltas, passes, noise_seed=noise_seed, scaler=self.scaler)
         self._update()
-        self.training_losses.append(self.task.workers.sum(loss).item())
-        return self.training_losses[-1]
+        self.training_losses.append(loss)
+        return loss
 
     def _update(self) -> None:
         for parameter in self.parameters:
@@ -176,9 +160,11 @@ class _Run:
             parameter.grad = self.task.workers.sum(parameter.grad)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.task.settings.clip_norm)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.schedule.step()
+        if self.scaler.get_scale() >= scale:  # else a gradient was not finite, and the scaler left the step out
+            self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _validate(self, step: int) -> str | None:
@@ -195,11 +181,36 @@ class _Run:
         return self.guard.observe(loss, self.stack)
 
 
+def accumulate_gradients(
+    task: Task, deltas: TrainingDeltas, passes: Sequence[Pass], *, noise_seed: int, scaler: torch.amp.GradScaler
+) -> float:
+    """Adds this worker's share of a step's gradients, scaled; returns the whole step's mean answer loss.
+
+    Each pass is weighed by its share of the step's tokens, so their number does not change the answer loss; the load
+    balance is each pass's own, weighed likewise.
+    """
+    assert deltas.active is not None
+    deltas.active.train()
+    answer_tokens = sum(example.answer_length for examples in passes for example in examples)
+    tokens = sum(len(example.token_ids) for examples in passes for example in examples)
+    loss = torch.zeros((), dtype=torch.float64)
+    for index, examples in task.workers.mine(list(enumerate(passes))):
+        torch.manual_seed(derive_seed(noise_seed, index))  # whichever worker takes the pass
+        layout = (pack if task.settings.packing else pad)(examples, task.base.device)
+        loss_sum, _ = answer_loss_sum(task.base, deltas, layout)
+        share = sum(len(example.token_ids) for example in examples) / tokens
+        balance = task.settings.aux_weight * share * deltas.active.aux_loss()
+        scaler.scale(loss_sum / answer_tokens + balance).backward()  # type: ignore[no-untyped-call]
+        loss += loss_sum.item() / answer_tokens
+    return task.workers.sum(loss).item()
+
+
 def warmup_cosine(step: int, settings: TrainingSection) -> float:
     """Learning-rate factor of a step that counts from 0: linear warm-up, then half a cosine to 0."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    warmup = settings.steps // 10 if settings.warmup_steps is None else settings.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, settings.steps - warmup)
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

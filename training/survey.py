@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engine.model.base import Base
 from engine.model.delta_recorder import DeltaRecorder, ProjectionKey
-from engine.model.inject import inject
+from engine.model.inject import injected
 from engine.model.moe_lora import StackPack
 from engine.model.training_form import TrainingDeltas
 from training.data.batching import length_batches
@@ -25,9 +25,8 @@ def mean_deltas(
     deltas = TrainingDeltas()
     deltas.use_frozen(pack)
     recorder = DeltaRecorder(deltas)
-    inject(base.sites, recorder)
     ordered = sorted(examples, key=lambda example: len(example.token_ids))
-    with torch.no_grad():
+    with torch.no_grad(), injected(base.sites, recorder):
         for batch in length_batches(ordered, max_tokens=max_tokens):
             layout = pad(batch, base.device)
             recorder.begin_batch(layout.real)

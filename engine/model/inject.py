@@ -3,8 +3,10 @@
 Only the decoder's own layers are searched, so the vision tower of a multimodal checkpoint is never touched.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -90,6 +92,17 @@ def _site(layer: nn.Module, index: int, projection: str) -> ProjectionSite:
     if not isinstance(in_features, int) or not isinstance(out_features, int):
         raise BaseUnsupported(f"{path} is a {type(module).__name__}, not a linear layer")
     return ProjectionSite(index, projection, path, parent, in_features, out_features)
+
+
+@contextmanager
+def injected(sites: tuple[ProjectionSite, ...], source: DeltaSource) -> Iterator[None]:
+    """The block runs with the source's deltas; after it the base is alone again, and nothing holds the source."""
+    inject(sites, source)
+    try:
+        yield
+    finally:
+        for site in sites:
+            cast(StackedLinear, site.module).source = None
 
 
 def inject(sites: tuple[ProjectionSite, ...], source: DeltaSource) -> None:

@@ -55,17 +55,6 @@ def top_k_gate(logits: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(logits, dtype=torch.float32).scatter(-1, experts, values.softmax(dim=-1))
 
 
-def load_balance_loss(noisy_logits: Tensor, gate: Tensor, top_k: int) -> Tensor:
-    """(T, E), (T, E) -> scalar: E * sum_e P_e f_e, 1 at best (design of Switch Transformer, section 2.2, for top-K).
-
-    P_e, the mean probability of expert e, carries the gradient; f_e, its share of the T*K assignments, is a constant.
-    """
-    num_experts = noisy_logits.shape[-1]
-    probability = noisy_logits.float().softmax(dim=-1).mean(dim=-2)  # (..., E)
-    share = (gate > 0).float().mean(dim=-2).detach() / top_k  # (..., E)
-    return num_experts * (probability * share).sum(dim=-1)
-
-
 @dataclass(frozen=True, slots=True)
 class ServingGroup:
     """The serving weights of one input group of one stack, or of several packed side by side."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.model.inject import group_of
-from engine.model.moe_lora import MoeLoraConfig, ServingDeltas, StackPack, load_balance_loss, top_k_gate
+from engine.model.moe_lora import MoeLoraConfig, ServingDeltas, StackPack, top_k_gate
 from stack_store.format import INPUT_GROUPS, Geometry, ProjectionTensors
 
 
@@ -22,6 +22,30 @@ def outside(b: Tensor, directions: Tensor) -> Tensor:
     Of every row of b, hence of every delta that b makes (Brainstacks paper, section 3.5).
     """
     return b - (b @ directions) @ directions.T
+
+
+def load_balance_loss(noisy_logits: Tensor, share: Tensor, real: Tensor | None = None) -> Tensor:
+    """(T, ..., E), (..., E) -> (...): E * sum_e P_e f_e, 1 at best (Switch Transformer, section 2.2, for top-K).
+
+    P_e, the mean probability of expert e over the real tokens (T,), carries the gradient; f_e, its share of the
+    assignments, is a constant.
+    """
+    probability = token_mean(noisy_logits.float().softmax(dim=-1), real)  # (..., E)
+    return noisy_logits.shape[-1] * (probability * share).sum(dim=-1)
+
+
+def expert_share(gate: Tensor, top_k: int, real: Tensor | None = None) -> Tensor:
+    """(T, ..., E) -> (..., E): each expert's share of the real tokens' T*K assignments, a constant."""
+    return token_mean((gate.detach() > 0).float(), real) / top_k
+
+
+def token_mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """(T, ...) -> (...): the mean over the tokens that are real, (T,) bool, or over all."""
+    if real is None:
+        return values.mean(dim=0)
+    # Not by indexing: how many are real is known on the device only, and asking would wait for it.
+    kept = torch.where(real.view(-1, *[1] * (values.dim() - 1)), values, 0.0)
+    return kept.sum(dim=0) / real.sum()
 
 
 class MoeLoraGroup(nn.Module):
@@ -41,8 +65,8 @@ class MoeLoraGroup(nn.Module):
         self.aux_loss: Tensor | None = None  # of the latest forward in train mode, mean over the projections
         self.expert_share: Tensor | None = None  # (P, E) share of the assignments in the latest forward
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> list[Tensor]:
-        """(T, I) -> P tensors (T, O), in x's dtype. `token_mask` (T,) bool leaves padding out of the balance."""
+    def forward(self, x: Tensor, real: Tensor | None = None) -> list[Tensor]:
+        """(T, I) -> P tensors (T, O), in x's dtype. `real` (T,) bool leaves padding out of the balance."""
         p, e, r = self.a.shape[0], self.config.num_experts, self.config.rank
         weights = [self.a.reshape(p * e * r, -1), self.gate.reshape(p * e, -1)]
         if self.training:
@@ -54,11 +78,9 @@ class MoeLoraGroup(nn.Module):
             deviation = F.softplus(products[:, p * e * (r + 1) :].reshape(-1, p, e).float())
             logits = logits + deviation * torch.randn_like(deviation)
         gate = top_k_gate(logits, self.config.top_k)  # (T, P, E)
-        real_logits, real_gate = (logits, gate) if token_mask is None else (logits[token_mask], gate[token_mask])
-        self.expert_share = (real_gate.detach() > 0).float().mean(dim=0) / self.config.top_k
+        self.expert_share = expert_share(gate, self.config.top_k, real)
         if self.training:
-            by_projection = (real_logits.transpose(0, 1), real_gate.transpose(0, 1))  # (P, T, E) each
-            self.aux_loss = load_balance_loss(*by_projection, self.config.top_k).mean()
+            self.aux_loss = load_balance_loss(logits, self.expert_share, real).mean()
         weighted = (mid * (gate * self.config.scale).to(x.dtype).unsqueeze(-1)).flatten(2)  # (T, P, E*R)
         return [weighted[:, i] @ self.allowed_b(i).to(x.dtype) for i in range(p)]
 
@@ -149,7 +171,9 @@ class TrainingDeltas:
 
     def __init__(self, active: MoeLoraStack | None = None) -> None:
         self.active = active
-        self.real_tokens: Tensor | None = None  # (T,) bool of the running batch: which tokens are not padding
+        self.real_tokens: Tensor | None = (
+            None  # (T,) bool of the running batch: which tokens are not padding; None: all
+        )
         self._frozen = ServingDeltas()
         self._pending: list[Tensor] = []
         self._input: Tensor | None = None

@@ -255,9 +255,9 @@ def test_mistakes_and_diverged_runs_end_with_status_one(
 ) -> None:
     output = tmp_path / "runs"
     assert run_comparison(write(trained.folder, HEAD + SINGLE + "training.stepz = 3\n"), output, None) == 1
-    assert "variant 'single_lora': training.stepz" in capsys.readouterr().out
+    assert "variant 'single_lora': training.stepz" in capsys.readouterr().err
     assert run_comparison(write(trained.folder, HEAD + SINGLE), output, "/no/such/base") == 1
-    assert "/no/such/base" in capsys.readouterr().out
+    assert "/no/such/base" in capsys.readouterr().err
     assert not output.exists()
     assert run_comparison(write(trained.folder, HEAD + SINGLE + "training.min_gain = 99.0\n"), output, None) == 1
     assert "- single_lora, seed 1: domain 'greet'" in (output / "comparison.md").read_text()

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from engine.model.inject import inject
 from engine.model.moe_lora import ServingDeltas, StackPack
 from engine.slots import load_domain
 from router.policy import RoutingPolicy
+from stack_store.atomic import StagedFile
 from stack_store.format import read_header
 from stack_store.registry import StackRegistry
 from training.curriculum import Curriculum
@@ -24,7 +26,7 @@ from training.data.examples import render_domain
 from training.data.preparation import prepare_data
 from training.errors import TrainingDiverged
 from training.journal import JOURNAL_FOLDER
-from training.recipe import Recipe, read_recipe
+from training.recipe import read_recipe
 from training.reports import DomainReport, ForgettingReport, RoundReport, SubspaceReport, read_report, report_path
 from training.round_training import Progress
 from training.run import load_training_base, make_store
@@ -198,7 +200,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(
     try:
         while not list(store.glob(f"{JOURNAL_FOLDER}/*/round-1.json")):
             assert process.poll() is None
-            os.sched_yield()
+            time.sleep(0.02)  # a poll, not a wait for luck: the loop ends with the file or with the process
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -215,15 +217,54 @@ def test_a_finished_run_trains_nothing_again(finished: tuple[Path, Path, list[Do
     assert spectator.rounds == []
 
 
-def test_a_changed_setting_trains_anew(finished: tuple[Path, Path, list[DomainReport]], tmp_path: Path) -> None:
-    recipe, store, _ = finished
+def test_a_changed_setting_trains_anew_and_back_again(tmp_path: Path, llama: Path) -> None:
+    store, digests, rounds = tmp_path / "store", [], []
+    for seed in (3, 4, 3):
+        spectator = Quiet()
+        run(write_recipe(tmp_path, llama, seed=seed, training="rounds = 1"), store, spectator=spectator)
+        digests.append(stack_digests(store))
+        rounds.append(len(spectator.rounds))
+    assert rounds == [3, 3, 3]
+    assert digests[0] == digests[2]
+    assert digests[0]["greet"] != digests[1]["greet"]
+
+
+def test_a_domain_that_was_removed_from_the_store_is_trained_again(tmp_path: Path, llama: Path) -> None:
+    recipe, store = write_recipe(tmp_path, llama, training="rounds = 1"), tmp_path / "store"
+    run(recipe, store)
     before = stack_digests(store)
-    changed = Recipe(read_recipe(recipe).settings.model_copy(update={"seed": 4}), recipe.parent, recipe.read_text())
-    workers = Workers()
-    base = load_training_base(changed, workers)
-    make_store(tmp_path / "other", base, workers)
-    Curriculum(changed, base, tmp_path / "other", policy=POLICY, workers=workers, spectator=Quiet()).run(until="greet")
-    assert stack_digests(tmp_path / "other")["greet"] != before["greet"]
+    StackRegistry.open(store).remove_domain("animals")
+    spectator = Quiet()
+    run(recipe, store, spectator=spectator)
+    assert spectator.rounds == [("animals", 1)]
+    assert stack_digests(store) == before
+
+
+@pytest.mark.parametrize("broken_write", [2, 5, 8, 11, 14, 17])
+def test_a_write_that_fails_anywhere_leaves_a_run_that_goes_on(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, broken_write: int
+) -> None:
+    recipe = write_recipe(tmp_path, llama, training="steps = 2\neval_every = 1\nrounds = 1")
+    run(recipe, tmp_path / "whole")
+    commit, writes = StagedFile.commit, 0
+
+    def fail_once(staged: StagedFile, path: Path) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == broken_write:
+            raise KeyboardInterrupt
+        commit(staged, path)
+
+    make_store(tmp_path / "store", load_training_base(read_recipe(recipe), Workers()), Workers())
+    monkeypatch.setattr(StagedFile, "commit", fail_once)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "store")
+    monkeypatch.undo()
+    run(recipe, tmp_path / "store")
+    assert stack_digests(tmp_path / "store") == stack_digests(tmp_path / "whole")
+    for name, kind in (("forgetting", ForgettingReport), ("subspaces", SubspaceReport)):
+        assert report(tmp_path / "store", name, kind) == report(tmp_path / "whole", name, kind)
+    assert not list((tmp_path / "store" / JOURNAL_FOLDER).glob("*/round-*.safetensors"))
 
 
 @pytest.mark.parametrize("context", ["all", "sampled"])

@@ -14,6 +14,7 @@ from engine.model.base import Base, DtypeName, load_base
 from engine.model.inject import inject
 from engine.model.moe_lora import MoeLoraConfig, StackPack
 from engine.model.training_form import MoeLoraStack, TrainingDeltas
+from stack_store.format import INPUT_GROUPS
 from tests.stacks import random_serving_stack
 from training.best_stack import BestStack
 from training.context import Context
@@ -21,11 +22,11 @@ from training.data.examples import Example, render
 from training.data.records import Record
 from training.errors import TrainingDiverged
 from training.evaluation import mean_answer_loss
-from training.loss import answer_loss_sum, pack, pad
+from training.loss import Layout, answer_loss_sum, pack, pad
 from training.protected_space import ProtectedSpace
 from training.recipe import TrainingSection
 from training.reports import RoundReport
-from training.round_training import Progress, Task, train_round
+from training.round_training import Progress, Task, accumulate_gradients, train_round
 from training.workers import Workers
 
 CONFIG = MoeLoraConfig(num_experts=4, rank=4, top_k=2)
@@ -192,16 +193,19 @@ def test_one_expert_is_a_plain_lora_as_peft_has_it(base: Base, tiny_base_folder:
             of_peft(layer, name, "A").copy_(ours.a[0])
             of_peft(layer, name, "B").copy_(ours.b[0])
     gradients(base, stack, TrainingDeltas(stack), data)
+    with torch.no_grad():
+        ours_sum, _ = answer_loss_sum(base, TrainingDeltas(stack), pad(data, CPU))
     loss, count = answer_loss_sum(peer, TrainingDeltas(), pad(data, CPU))
+    assert loss.item() == pytest.approx(ours_sum.item(), rel=1e-6)
     (loss / count).backward()  # type: ignore[no-untyped-call]
     for layer, name in projections:
         group = stack.group(layer, {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "d": "down"}.get(name[0], "gate_up"))
         index = {"k_proj": 1, "v_proj": 2, "up_proj": 1}.get(name, 0)
-        theirs = of_peft(layer, name, "B").grad
-        ours_b = group.b[index].grad
-        assert theirs is not None
+        ours_a, ours_b = group.a.grad, group.b[index].grad
+        assert ours_a is not None
         assert ours_b is not None
-        torch.testing.assert_close(ours_b.T, theirs, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(ours_a[index, 0], of_peft(layer, name, "A").grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(ours_b.T, of_peft(layer, name, "B").grad, atol=1e-6, rtol=1e-4)
 
 
 def test_loss_counts_answer_tokens_only_and_ignores_batch_and_padding(base: Base) -> None:
@@ -230,26 +234,34 @@ def test_packed_examples_do_not_see_each_other(tiny_base_folder: Callable[[str],
     assert packed.item() == pytest.approx(padded.item(), rel=1e-5)
 
 
-def one_step(base: Base, **changes: object) -> MoeLoraStack:
-    settings = SETTINGS.model_copy(
-        update={"steps": 1, "warmup_steps": 0, "tokens_per_step": 512, "aux_weight": 0.0, "min_gain": 0.0, **changes}
-    )
-    stack, _, _ = train(base, settings=settings)
-    return stack
-
-
-def test_more_passes_make_the_same_step(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_passes_make_the_same_gradients(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # gate noise differs from pass to pass
-    whole, parts = one_step(base), one_step(base, tokens_per_pass=64)
-    for name, weight in whole.state_dict().items():
-        torch.testing.assert_close(parts.state_dict()[name], weight, atol=2e-5, rtol=1e-3)
+    short, long = examples(base)[:3], Example(tuple(range(5, 105)), 20)  # answers of very different lengths
+    stack = stack_with_b(base)
+    deltas = TrainingDeltas(stack)
+    inject(base.sites, deltas)
+    work = task(base, SETTINGS.model_copy(update={"aux_weight": 0.0}))
+    found = []
+    for passes in ([[*short, long]], [short, [long]], [[long], *[[example] for example in short]]):
+        stack.zero_grad()
+        loss = accumulate_gradients(
+            work, deltas, passes, noise_seed=1, scaler=torch.amp.GradScaler("cpu", enabled=False)
+        )
+        found.append((loss, [p.grad.clone() for p in stack.parameters() if p.grad is not None]))
+    for loss, of_passes in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-6)
+        assert largest_difference(of_passes, found[0][1]) < 1e-4
 
 
 def test_gradient_checkpointing_changes_no_bit(base: Base) -> None:
     settings = SETTINGS.model_copy(update={"steps": 4, "eval_every": 2})
+    forwards: list[int] = []
+    base.sites[-1].parent.register_forward_pre_hook(lambda *_: forwards.append(1))  # the last layer's MLP
     plain = train(base, settings=settings)[0]
+    num_plain = len(forwards)
     checkpointed = train(base, settings=settings.model_copy(update={"gradient_checkpointing": True}))[0]
     assert states_equal(plain, checkpointed)
+    assert len(forwards) == 2 * num_plain + 4  # one more a step: the layer is computed again in the backward
 
 
 def test_a_stack_stays_out_of_the_protected_directions_at_every_step(base: Base) -> None:
@@ -259,12 +271,16 @@ def test_a_stack_stays_out_of_the_protected_directions_at_every_step(base: Base)
         bases[key] = torch.linalg.qr(torch.randn(empty.shape[0], 4, generator=generator)).Q
     stack, report, _ = train(base, protected=ProtectedSpace(bases))
     assert report.kept
-    for (layer, name), tensors in stack.projections(base.geometry.num_layers).items():
-        rows = tensors.b.transpose(1, 2).reshape(-1, tensors.b.shape[1])
-        inside = (rows @ bases[layer, name]).square().sum() / rows.square().sum()
-        assert inside < 1e-10
-    free = train(base)[0]
-    assert not states_equal(stack, free)
+    for training in (True, False):
+        stack.train(training)
+        for layer, group in ((0, "qkv"), (1, "gate_up"), (2, "down")):
+            module = stack.group(layer, group)
+            deltas = module(torch.randn(20, module.a.shape[-1]))
+            for name, delta in zip(INPUT_GROUPS[group], deltas, strict=True):
+                assert delta.any()
+                inside = (delta @ bases[layer, name]).square().sum()
+                assert inside <= 1e-10 * delta.square().sum()
+    assert not states_equal(stack, train(base)[0])
 
 
 def test_earlier_domains_are_active_as_the_context_says(base: Base) -> None:
@@ -339,21 +355,19 @@ def test_a_round_that_never_gets_better_is_dropped(base: Base) -> None:
     assert all(not group.b[0].any() for group in stack.all_groups())  # its best was where it began
 
 
-def test_padding_does_not_count_in_the_load_balance(base: Base) -> None:
-    data = sorted(examples(base), key=lambda e: len(e.token_ids))
-    stack = MoeLoraStack(base.geometry, CONFIG).eval()
+def test_padding_does_not_count_in_the_load_balance(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    data = [examples(base)[0], Example(tuple(range(5, 105)), 20)]
+    stack = stack_with_b(base).train()
     deltas = TrainingDeltas(stack)
     inject(base.sites, deltas)
 
-    def shares(batch: list[Example]) -> torch.Tensor:
-        with torch.no_grad():
-            answer_loss_sum(base, deltas, pad(batch, CPU))
+    def balance(layout: Layout) -> tuple[float, Tensor]:
+        answer_loss_sum(base, deltas, layout)
         share = stack.group(0, "qkv").expert_share
         assert share is not None
-        return share
+        return stack.aux_loss().item(), share
 
-    short, long = data[0], Example(data[-1].token_ids * 4, data[-1].prompt_length)
-    lengths = torch.tensor([len(short.token_ids), len(long.token_ids)], dtype=torch.float32)
-    alone = torch.stack([shares([short]), shares([long])])
-    expected = (alone * (lengths / lengths.sum()).view(2, 1, 1)).sum(0)
-    torch.testing.assert_close(shares([short, long]), expected, atol=1e-5, rtol=0)
+    padded, packed = balance(pad(data, CPU)), balance(pack(data, CPU))  # packed has no padding at all
+    assert padded[0] == pytest.approx(packed[0], rel=1e-5)
+    torch.testing.assert_close(padded[1], packed[1], atol=1e-5, rtol=0)

@@ -1,6 +1,7 @@
 """Defines a record, where it came from, and when two texts are the same. Knows no files and no tokens."""
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,12 @@ class DomainRecords:
     domain: DomainName
     train: list[Record]
     held_out: list[Record]
+
+    @property
+    def digest(self) -> str:
+        """sha256 in hex of all prompts and answers, in order."""
+        content = [[[record.prompt, record.output] for record in side] for side in (self.train, self.held_out)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def normalise_text(text: str) -> str:

@@ -13,11 +13,10 @@ from engine.model.moe_lora import (
     ServingDeltas,
     ServingStack,
     StackPack,
-    load_balance_loss,
     serving_stack,
     top_k_gate,
 )
-from engine.model.training_form import MoeLoraGroup, MoeLoraStack, TrainingDeltas
+from engine.model.training_form import MoeLoraGroup, MoeLoraStack, TrainingDeltas, expert_share, load_balance_loss
 from stack_store.format import INPUT_GROUPS, PROJECTIONS, Geometry, pack_groups
 from tests.stacks import Projections, header_for, random_projections, slow_delta, to_serving
 
@@ -208,12 +207,12 @@ def test_gate_weighs_the_largest_logits_and_sums_to_one() -> None:
 def test_load_balance_is_one_when_balanced_and_pulls_towards_it() -> None:
     balanced = torch.eye(4).repeat(8, 1) * 1e-6
     gate = top_k_gate(balanced + torch.rand(32, 4, generator=torch.Generator().manual_seed(0)) * 1e-9, 2)
-    assert float(load_balance_loss(balanced, gate, 2)) == pytest.approx(1.0, abs=1e-4)
+    assert float(load_balance_loss(balanced, expert_share(gate, 2))) == pytest.approx(1.0, abs=1e-4)
 
     logits = torch.zeros(64, 4)
     logits[:, 0] = 3.0
     logits.requires_grad_()
-    loss = load_balance_loss(logits, top_k_gate(logits, 2), 2)
+    loss = load_balance_loss(logits, expert_share(top_k_gate(logits, 2), 2))
     loss.backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None
     assert loss.item() > 1.2

@@ -55,7 +55,7 @@ def test_every_variant_is_the_recipe_with_its_changes(tmp_path: Path) -> None:
     assert (experiment.title, experiment.domains) == ("Ranks", ("chat", "math"))
     assert [(run.variant, run.seed) for run in experiment.runs] == [("plain", 1), ("plain", 2), ("small", 3)]
     first, _, small = map(settings_of, experiment.runs)
-    assert (first.seed, first.stack.rank, first.training.steps, first.training.warmup_steps) == (1, 4, 5, 40)
+    assert (first.seed, first.stack.rank, first.training.steps, first.training.warmup_steps) == (1, 4, 5, None)
     assert (small.seed, small.stack.rank, small.training.steps, small.training.warmup_steps) == (3, 1, 5, 0)
     assert [domain.held_out for domain in small.domains] == [3, 3]
 
