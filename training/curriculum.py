@@ -6,6 +6,7 @@ function of the recipe and of the files before it, so a run that was killed repe
 to the same result.
 """
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -26,7 +27,7 @@ from training.errors import TrainingDiverged
 from training.forgetting import Examiner, add_row
 from training.freezing import load_frozen, stored_b, write_frozen
 from training.journal import Journal
-from training.protected_space import ProtectedSpace, extend
+from training.protected_space import ProtectedSpace, extend, name_of
 from training.recipe import DomainSection, Recipe, StackSection
 from training.reports import (
     DomainReport,
@@ -43,6 +44,8 @@ from training.seeds import derive_seed
 from training.subspaces import Directions, DomainSubspace, add_domain, empty_report
 from training.survey import claimed_directions, mean_deltas
 from training.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 Rows = Mapping[ProjectionKey, Tensor]
 Report = TypeVar("Report")
@@ -201,6 +204,7 @@ class Curriculum:
         rows = self._mean_deltas(domain)
         directions, values = claimed_directions(rows, count=section.directions, seed=self._recipe.settings.seed)
         after = extend(self._protected, directions, max_share=section.max_share)
+        self._warn_of_cap(domain, directions, after)
         subspace = DomainSubspace(
             rows={key: row.cpu() for key, row in rows.items()},
             directions=directions,
@@ -212,6 +216,25 @@ class Curriculum:
         known = self._report_so_far("subspaces", SubspaceReport, self._directions) or empty_report()
         self._write("subspaces", add_domain(known, domain, subspace, self._directions))
         journal.save_directions(own=ProtectedSpace(directions), after=after)
+
+    def _warn_of_cap(self, domain: str, found: Directions, after: ProtectedSpace) -> None:
+        """Says so if a domain is protected less than it could be, because others came first."""
+        before, max_share = self._protected.bases, self._recipe.settings.null_space.max_share
+        cut = [
+            key
+            for key, basis in after.bases.items()
+            if (basis.shape[1] + 1) / basis.shape[0] > max_share
+            and basis.shape[1] < before[key].shape[1] + found[key].shape[1]
+        ]
+        if cut:
+            logger.warning(
+                "no room for all directions of a domain name=%s projections=%d of=%d first=%s max_share=%s",
+                domain,
+                len(cut),
+                len(found),
+                name_of(cut[0]),
+                max_share,
+            )
 
     def _mean_deltas(self, domain: str) -> Rows:
         pack = pack_of([domain], self._frozen)

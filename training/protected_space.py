@@ -5,7 +5,6 @@ Letters: O out features, K directions. The file is a safetensors file with one f
 """
 
 import hashlib
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,6 @@ from training.errors import ProtectedSpaceInvalid
 
 VANISHED = 1e-3  # of a direction's length: what is left of it outside the others has 1e-6 of its energy
 ORTHONORMAL = 1e-4  # largest departure of VᵀV from the identity
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,9 +89,6 @@ def extend(space: ProtectedSpace, new: Mapping[ProjectionKey, Tensor], *, max_sh
         key = min(space.bases.keys() ^ new.keys())
         raise ValueError(f"{name_of(key)} is in {'the space' if key in space.bases else 'the directions'} only")
     extended = {key: _extend_basis(basis, new[key], max_share, name_of(key)) for key, basis in space.bases.items()}
-    full = [name_of(key) for key, basis in extended.items() if basis.shape[1] >= _cap(basis, max_share)]
-    if full:
-        logger.info("protected space full max_share=%s projections=%d first=%s", max_share, len(full), full[0])
     return ProtectedSpace(extended)
 
 

@@ -278,6 +278,18 @@ def test_contexts_with_earlier_domains_train_and_report(tmp_path: Path, llama: P
     assert after["ungated" if context == "all" else "isolated"]["animals"] == second.loss
 
 
+def test_a_domain_that_finds_no_room_for_its_directions_is_named(
+    tmp_path: Path, llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = write_recipe(tmp_path, llama, training="rounds = 1\nsteps = 2\neval_every = 1")
+    run(recipe, tmp_path / "store")
+    assert [
+        r.getMessage().partition(" of a domain ")[2] for r in caplog.records if r.name == "training.curriculum"
+    ] == [
+        "name=colours projections=6 of=21 first=0.k_proj max_share=0.125"  # k and v: 4 of 32, two domains' worth
+    ]
+
+
 def test_packing_and_passes_train_too(tmp_path: Path, llama: Path) -> None:
     recipe = write_recipe(tmp_path, llama, training="packing = true\ntokens_per_pass = 64\nrounds = 1")
     assert all(of_domain.loss < of_domain.base_loss for of_domain in run(recipe, tmp_path / "store"))
