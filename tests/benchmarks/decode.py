@@ -80,7 +80,7 @@ def measure(rounds: int, tokens: int) -> dict[str, Any]:
         "rounds": rounds,
         "stack": {"experts": domains[0].stacks[0].num_experts, "rank": domains[0].stacks[0].rank},
         "resident_bytes_per_domain": domains[0].num_bytes,
-        "file_bytes_per_domain": entries[0].stacks[0].bytes,
+        "file_bytes_per_domain": sum(stack.bytes for stack in entries[0].stacks),
         "decode_tokens_per_second": speeds,
         "load_seconds": interleave(loads, rounds),
         "time_to_first_token": first_token,
@@ -131,12 +131,13 @@ def engine_speed(engine: Any, batch: int, tokens: int, mix: Sequence[tuple[Any, 
 
 
 def load_seconds(registry: Any, entry: Any, base: Any, *, cold: bool) -> float:
-    """Reads, checks and prepares one domain; cold: its file is not in the system's page cache."""
+    """Reads, checks and prepares one domain; cold: its files are not in the system's page cache."""
     from engine.slots import load_domain
 
     if cold:
-        with registry.stack_path(entry.stacks[0]).open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for stack in entry.stacks:
+            with registry.stack_path(stack).open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     started = time.perf_counter()
     load_domain(registry, entry, dtype=base.dtype, device=base.device)
     return time.perf_counter() - started

@@ -129,11 +129,11 @@ def test_curl_as_the_readme_shows_it(server: ServerProcess) -> None:
     assert answer.headers["x-brainstacks-mix"]
 
 
-def registered_file(domain: str) -> str:
+def registered_files(domain: str) -> list[dict[str, str]]:
+    """The shipped files of a domain's rounds, as an admin call names them."""
     manifest = json.loads((DEMO_STORE / "manifest.json").read_text())
     (entry,) = (d for d in manifest["domains"] if d["name"] == domain)
-    file: str = entry["stacks"][0]["file"]
-    return file
+    return [{"path": stack["file"]} for stack in entry["stacks"]]
 
 
 def test_a_domain_comes_and_goes_while_requests_run_and_survives_a_restart(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_domain_comes_and_goes_while_requests_run_and_survives_a_restart(tmp_p
 
         running = threading.Thread(target=stream, args=(server, MEDICAL, 150))
         running.start()
-        put = server.admin("PUT", "/admin/domains/math", json={"stacks": [{"path": registered_file("math")}]})
+        put = server.admin("PUT", "/admin/domains/math", json={"stacks": registered_files("math")})
         assert put.status_code == 201, put.text
         assert ask(server, MATH, model=f"{name}:math")[0] == before
         running.join(timeout=120)
@@ -177,7 +177,7 @@ def test_a_domain_comes_and_goes_while_requests_run_and_survives_a_restart(tmp_p
         assert deleted.json()["status"] == "draining", deleted.text
         user.join(timeout=120)
         assert "".join(pieces) == whole  # it finished on the version that it had
-        put = server.admin("PUT", "/admin/domains/math", json={"stacks": [{"path": registered_file("math")}]})
+        put = server.admin("PUT", "/admin/domains/math", json={"stacks": registered_files("math")})
         assert put.status_code == 201, put.text
     with ServerProcess(tmp_path / "store", tmp_path / "log", **settings) as server:
         assert ask(server, MATH, model=f"{name}:math")[0] == before
