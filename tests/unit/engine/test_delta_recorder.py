@@ -89,7 +89,7 @@ def test_rows_equal_the_slow_sum_over_real_tokens(base: Base) -> None:
 
 
 def test_recorder_adds_what_its_source_adds(base: Base) -> None:
-    source = serving_source(base, random_projections(base.geometry, CONFIG, seed=3))
+    source = serving_source(base, random_projections(base.geometry, CONFIG, seed=3, size=0.02))
     recorder = DeltaRecorder(source)
     recorded = run(base, recorder, [[5, 6, 8], [9, 4, 3]], recorder)
     torch.testing.assert_close(recorded, run(base, source, [[5, 6, 8], [9, 4, 3]]), rtol=1e-4, atol=1e-5)
