@@ -5,16 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from engine.errors import EngineError
-from router.errors import RouterError
-from stack_store.errors import StoreError
 from stack_store.registry import StackRegistry
 from training.curriculum import Curriculum
-from training.errors import RecipeInvalid, TrainingError
+from training.errors import RecipeInvalid
+from training.expected_errors import EXPECTED_ERRORS, show_error
 from training.recipe import Recipe, read_recipe, with_base
 from training.reports import DomainReport, RoundReport, report_path, write_report
 from training.round_training import Progress as StackProgress
@@ -29,8 +26,6 @@ from training.router_run import (
 from training.router_training import RouterMetrics, RouterProgress
 from training.run import load_training_base, make_store
 from training.workers import Workers
-
-EXPECTED_ERRORS = (TrainingError, StoreError, EngineError, RouterError)
 
 
 def run_recipe(recipe_path: Path, output: Path, *, until: str | None, base_spec: str | None) -> int:
@@ -81,11 +76,6 @@ def run_router(recipe_path: Path, store: Path, *, base_spec: str | None) -> int:
         return 1
     console.print(_router_table(trained.metrics))
     return 0
-
-
-def show_error(error: Exception) -> None:
-    """Every worker names its own, whichever console it was given."""
-    Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}")
 
 
 class _ConsoleSpectator:

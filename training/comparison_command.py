@@ -8,20 +8,16 @@ from rich.markdown import Markdown
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from engine.errors import EngineError
-from router.errors import RouterError
 from stack_store.atomic import replace_file
-from stack_store.errors import StoreError
 from training.comparing import compare
 from training.comparison import Comparison
 from training.comparison_table import as_markdown
 from training.errors import TrainingError
+from training.expected_errors import EXPECTED_ERRORS, show_error
 from training.experiment import PlannedRun, read_experiment
 from training.reports import DomainReport, RoundReport, write_report
 from training.round_training import Progress as StackProgress
 from training.workers import Workers
-
-EXPECTED_ERRORS = (TrainingError, StoreError, EngineError, RouterError)
 
 
 def run_comparison(experiment: Path, output: Path, base_spec: str | None) -> int:
@@ -37,7 +33,7 @@ def run_comparison(experiment: Path, output: Path, base_spec: str | None) -> int
         if workers.is_first:
             _write(comparison, output, console)
     except EXPECTED_ERRORS as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        show_error(error)
         return 1
     return 1 if comparison.failures() else 0
 

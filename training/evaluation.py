@@ -6,7 +6,7 @@ import torch
 
 from engine.model.base import Base
 from engine.model.training_form import TrainingDeltas
-from training.data.batching import length_batches
+from training.data.batching import evaluation_batches
 from training.data.examples import Example
 from training.loss import answer_loss_sum, pad
 from training.workers import Workers
@@ -22,11 +22,10 @@ def mean_answer_loss(
     """
     if deltas.active is not None:
         deltas.active.eval()
-    ordered = sorted(examples, key=lambda example: len(example.token_ids))
     total = torch.zeros(2, dtype=torch.float64)  # loss, tokens
     # Not inference_mode: what it caches in the base could not take part in a later backward.
     with torch.no_grad():
-        for batch in workers.mine(length_batches(ordered, max_tokens=max_tokens)):
+        for batch in workers.mine(evaluation_batches(examples, max_tokens=max_tokens)):
             loss, tokens = answer_loss_sum(base, deltas, pad(batch, base.device))
             total += torch.tensor([loss.item(), tokens], dtype=torch.float64)
     total = workers.sum(total)

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from stack_store.manifest import DOMAIN_NAME
 from training.errors import RecipeInvalid
 from training.overrides import Content, merged, with_changes
-from training.recipe import Recipe, RecipeFile, read_recipe
+from training.recipe import Recipe, RecipeFile, name_faults, read_recipe
 from training.toml_text import as_toml
 
 
@@ -107,7 +107,7 @@ def _read_file(path: Path) -> ExperimentFile:
     except tomllib.TOMLDecodeError as error:
         raise RecipeInvalid(f"{path}: not TOML: {error}") from error
     except ValidationError as error:
-        raise RecipeInvalid(f"{path}: {_faults(error)}") from error
+        raise RecipeInvalid(f"{path}: {name_faults(error)}") from error
 
 
 def _choose_domains(content: Content, chosen: Sequence[str] | None, path: Path) -> dict[str, Any]:
@@ -125,19 +125,9 @@ def _runs(file: ExperimentFile, content: Content, base: Content, *, folder: Path
             changed = with_changes(content, merged(file.overrides, section.changes, base))
             settings = RecipeFile.model_validate(changed)
         except ValidationError as error:
-            raise RecipeInvalid(f"{path}: variant {name!r}: {_faults(error)}") from error
+            raise RecipeInvalid(f"{path}: variant {name!r}: {name_faults(error)}") from error
         except ValueError as error:
             raise RecipeInvalid(f"{path}: variant {name!r}: {error}") from error
         for seed in section.seeds or file.seeds:
             text = as_toml({**changed, "seed": seed})
             yield PlannedRun(name, seed, Recipe(settings.model_copy(update={"seed": seed}), folder, text))
-
-
-def _faults(error: ValidationError) -> str:
-    return "; ".join(_fault(e["loc"], e["msg"], e["input"]) for e in error.errors())
-
-
-def _fault(location: tuple[int | str, ...], message: str, value: Any) -> str:
-    # A section's own check names its values; the whole section beside it would only hide them.
-    shown = "" if isinstance(value, dict) else f", got {value!r}"
-    return ": ".join(filter(None, (".".join(map(str, location)), f"{message}{shown}")))

@@ -55,9 +55,15 @@ def pack(examples: Sequence[Example], device: torch.device) -> Layout:
 
 def answer_loss_sum(base: Base, deltas: TrainingDeltas, layout: Layout) -> tuple[Tensor, int]:
     """Summed loss (scalar, float32) over the answer tokens of a pass, and their number. Padding counts nothing."""
-    deltas.real_tokens = None if layout.positions is not None else layout.real.flatten()
-    padding = {"attention_mask": layout.real.long()} if layout.positions is None else {"position_ids": layout.positions}
-    hidden = base.decoder(input_ids=layout.token_ids, use_cache=False, **padding).last_hidden_state  # (N, L, H)
+    hidden = hidden_states(base, deltas, layout)
     targets = layout.token_ids[:, 1:][layout.before_answer[:, :-1]]  # (A,)
     logits = base.head(hidden[layout.before_answer])  # (A, V): the head runs on answer positions only
     return F.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
+
+
+def hidden_states(base: Base, deltas: TrainingDeltas, layout: Layout) -> Tensor:
+    """(N, L, H): the decoder's output, with the deltas that are injected."""
+    deltas.real_tokens = None if layout.positions is not None else layout.real.flatten()
+    padding = {"attention_mask": layout.real.long()} if layout.positions is None else {"position_ids": layout.positions}
+    hidden: Tensor = base.decoder(input_ids=layout.token_ids, use_cache=False, **padding).last_hidden_state
+    return hidden

@@ -244,14 +244,18 @@ def read_recipe(path: Path) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise RecipeInvalid(f"{path}: not TOML: {error}") from error
     except ValidationError as error:
-        faults = "; ".join(_fault(e["loc"], e["msg"], e["input"]) for e in error.errors())
-        raise RecipeInvalid(f"{path}: {faults}") from error
+        raise RecipeInvalid(f"{path}: {name_faults(error)}") from error
     except DomainNameInvalid as error:
         raise RecipeInvalid(f"{path}: {error}") from error
     for source in (source for domain in settings.domains for source in domain.all_sources):
         if source.file is not None and not (path.parent / source.file).is_file():
             raise RecipeInvalid(f"{path}: there is no file {str(path.parent / source.file)!r}")
     return Recipe(settings, path.parent, text)
+
+
+def name_faults(error: ValidationError) -> str:
+    """Every setting at fault, what is wrong with it, and its value."""
+    return "; ".join(_fault(e["loc"], e["msg"], e["input"]) for e in error.errors())
 
 
 def _fault(location: tuple[int | str, ...], message: str, value: Any) -> str:

@@ -10,9 +10,9 @@ from engine.model.delta_recorder import DeltaRecorder, ProjectionKey
 from engine.model.inject import injected
 from engine.model.moe_lora import StackPack
 from engine.model.training_form import TrainingDeltas
-from training.data.batching import length_batches
+from training.data.batching import evaluation_batches
 from training.data.examples import Example
-from training.loss import answer_loss_sum, pad
+from training.loss import hidden_states, pad
 from training.null_space import leading_directions
 from training.protected_space import name_of
 from training.seeds import derive_seed
@@ -25,12 +25,11 @@ def mean_deltas(
     deltas = TrainingDeltas()
     deltas.use_frozen(pack)
     recorder = DeltaRecorder(deltas)
-    ordered = sorted(examples, key=lambda example: len(example.token_ids))
     with torch.no_grad(), injected(base.sites, recorder):
-        for batch in length_batches(ordered, max_tokens=max_tokens):
+        for batch in evaluation_batches(examples, max_tokens=max_tokens):
             layout = pad(batch, base.device)
             recorder.begin_batch(layout.real)
-            answer_loss_sum(base, deltas, layout)
+            hidden_states(base, deltas, layout)
     return recorder.rows()
 
 
@@ -51,11 +50,10 @@ def expert_shares(
     assert deltas.active is not None
     deltas.active.eval()
     totals: dict[ProjectionKey, Tensor] = {}
-    ordered = sorted(examples, key=lambda example: len(example.token_ids))
     with torch.no_grad():
-        for batch in length_batches(ordered, max_tokens=max_tokens):
+        for batch in evaluation_batches(examples, max_tokens=max_tokens):
             layout = pad(batch, base.device)
-            answer_loss_sum(base, deltas, layout)
+            hidden_states(base, deltas, layout)
             for key, shares in deltas.active.expert_shares().items():
                 totals[key] = totals.get(key, torch.zeros_like(shares)) + shares * layout.real.sum()
     return {name_of(key): tuple((total / total.sum()).tolist()) for key, total in totals.items()}

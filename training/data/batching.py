@@ -68,6 +68,11 @@ def length_batches(ordered: Sequence[Example], *, max_tokens: int) -> list[list[
     return grouped
 
 
+def evaluation_batches(examples: Sequence[Example], *, max_tokens: int) -> list[list[Example]]:
+    """All examples once, in batches of like length: the same for the same examples in the same order."""
+    return length_batches(sorted(examples, key=lambda example: len(example.token_ids)), max_tokens=max_tokens)
+
+
 def _epochs(examples: Sequence[Example], *, seed: int) -> Iterator[tuple[list[Example], random.Random]]:
     """Endless orders, each with the generator that made it. Raises ValueError if there is nothing to order."""
     if not examples:

@@ -5,10 +5,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from stack_store.errors import StoreError
-from training.errors import TrainingError
+from training.expected_errors import EXPECTED_ERRORS, show_error
 
-EXPECTED_ERRORS = (TrainingError, StoreError)
 FIGURES_FOLDER = "figures"
 
 
@@ -22,7 +20,7 @@ def run_figures(store: Path, output: Path | None) -> int:
         with console.status("drawing"):
             result = draw_figures(store, output or store / FIGURES_FOLDER)
     except EXPECTED_ERRORS as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        show_error(error)
         return 1
     for path in result.written:
         console.print(f"written: {escape(str(path))}", soft_wrap=True)

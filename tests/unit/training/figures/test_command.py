@@ -30,7 +30,7 @@ def test_another_folder_may_be_named(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_mistake_is_named_and_ends_with_status_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_figures(tmp_path / "nowhere", None) == 1
-    assert f"error: {tmp_path / 'nowhere'} is not a store" in capsys.readouterr().out
+    assert f"error: {tmp_path / 'nowhere'} is not a store" in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path) -> None:
@@ -42,4 +42,4 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, store], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert "error: figures need matplotlib: pip install 'brainstacks[train]'" in done.stdout
+    assert "error: figures need matplotlib: pip install 'brainstacks[train]'" in done.stderr
