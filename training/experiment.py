@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from stack_store.manifest import DOMAIN_NAME
 from training.errors import RecipeInvalid
 from training.overrides import Content, merged, with_changes
-from training.recipe import Recipe, RecipeFile, name_faults, read_recipe
+from training.recipe import Recipe, RecipeFile, name_faults, read_recipe, read_toml
 from training.toml_text import as_toml
 
 
@@ -88,7 +88,7 @@ def read_experiment(path: Path, *, base_spec: str | None = None) -> Experiment:
 
     Raises RecipeInvalid that names file, variant, setting and value.
     """
-    file = _read_file(path)
+    file, _ = read_toml(path, ExperimentFile)
     recipe_path = path.parent / file.recipe
     if not recipe_path.is_file():
         raise RecipeInvalid(f"{path}: recipe: there is no file {str(recipe_path)!r}")
@@ -97,17 +97,6 @@ def read_experiment(path: Path, *, base_spec: str | None = None) -> Experiment:
     base = {} if base_spec is None else {"base": {"spec": base_spec}}
     runs = tuple(_runs(file, content, base, folder=recipe.folder, path=path))
     return Experiment(file.title, tuple(domain["name"] for domain in content["domains"]), runs)
-
-
-def _read_file(path: Path) -> ExperimentFile:
-    try:
-        return ExperimentFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except UnicodeDecodeError as error:
-        raise RecipeInvalid(f"{path}: not UTF-8: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeInvalid(f"{path}: not TOML: {error}") from error
-    except ValidationError as error:
-        raise RecipeInvalid(f"{path}: {name_faults(error)}") from error
 
 
 def _choose_domains(content: Content, chosen: Sequence[str] | None, path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +17,7 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
+Settings = TypeVar("Settings", bound=BaseModel)
 RESERVED_NAMES = ("data", "forgetting", "subspaces", "router", "recipe")
 INT8_MAX_SHARE = 0.14  # training/rounding.py has the measurement
 
@@ -236,9 +237,18 @@ class Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """Reads and checks a recipe. Raises RecipeInvalid that names file, setting and value."""
+    settings, text = read_toml(path, RecipeFile)
+    for source in (source for domain in settings.domains for source in domain.all_sources):
+        if source.file is not None and not (path.parent / source.file).is_file():
+            raise RecipeInvalid(f"{path}: there is no file {str(path.parent / source.file)!r}")
+    return Recipe(settings, path.parent, text)
+
+
+def read_toml(path: Path, kind: type[Settings]) -> tuple[Settings, str]:
+    """The settings of a TOML file and its text. Raises RecipeInvalid that names file, setting and value."""
     try:
         text = path.read_text(encoding="utf-8")
-        settings = RecipeFile.model_validate(tomllib.loads(text))
+        return kind.model_validate(tomllib.loads(text)), text
     except UnicodeDecodeError as error:
         raise RecipeInvalid(f"{path}: not UTF-8: {error}") from error
     except tomllib.TOMLDecodeError as error:
@@ -247,10 +257,6 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeInvalid(f"{path}: {name_faults(error)}") from error
     except DomainNameInvalid as error:
         raise RecipeInvalid(f"{path}: {error}") from error
-    for source in (source for domain in settings.domains for source in domain.all_sources):
-        if source.file is not None and not (path.parent / source.file).is_file():
-            raise RecipeInvalid(f"{path}: there is no file {str(path.parent / source.file)!r}")
-    return Recipe(settings, path.parent, text)
 
 
 def name_faults(error: ValidationError) -> str:

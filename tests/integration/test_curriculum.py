@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,22 @@ def test_a_domain_that_was_removed_from_the_store_is_trained_again(tmp_path: Pat
     run(recipe, store, spectator=spectator)
     assert spectator.rounds == [("animals", 1)]
     assert stack_digests(store) == before
+
+
+def test_a_store_that_was_copied_without_its_journals_is_finished_too(
+    finished: tuple[Path, Path, list[DomainReport]], tmp_path: Path
+) -> None:
+    recipe, store, reports = finished
+    shutil.copytree(store, tmp_path / "copy", ignore=shutil.ignore_patterns(JOURNAL_FOLDER))
+    spectator = Quiet()
+    assert run(recipe, tmp_path / "copy", spectator=spectator) == reports
+    assert spectator.rounds == []
+    for name, kind in (("forgetting", ForgettingReport), ("subspaces", SubspaceReport)):
+        assert report(tmp_path / "copy", name, kind) == report(store, name, kind)
+    (ours, theirs) = (
+        sorted((folder / JOURNAL_FOLDER).glob("*/*.safetensors")) for folder in (tmp_path / "copy", store)
+    )
+    assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs] != []
 
 
 @pytest.mark.parametrize("broken_write", [2, 5, 8, 11, 14, 17])

@@ -1,7 +1,7 @@
 """Batches, steps and passes: what they hold, and that a step does not depend on how it is cut into passes."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
 
 import pytest
@@ -53,33 +53,24 @@ def test_epochs_are_reproducible_and_differ() -> None:
     assert Counter(e for batch in first[:4] for e in batch) == Counter(examples)
 
 
+@pytest.mark.parametrize(("make_steps", "width"), [(step_batches, padded), (packed_steps, total)])
 @given(LENGTHS, st.integers(20, 100), st.integers(1, 120), st.integers(0, 3))
-def test_padded_steps_and_passes_keep_their_limits_and_hold_an_epoch(
-    lengths: list[int], per_step: int, per_pass: int, seed: int
+def test_steps_and_passes_keep_their_limits_and_hold_an_epoch(
+    make_steps: Callable[..., Iterator[Step]],
+    width: Callable[[list[Example]], int],
+    lengths: list[int],
+    per_step: int,
+    per_pass: int,
+    seed: int,
 ) -> None:
     examples = of_lengths(lengths)
-    steps = step_batches(examples, tokens_per_step=per_step, tokens_per_pass=per_pass, seed=seed)
+    steps = make_steps(examples, tokens_per_step=per_step, tokens_per_pass=per_pass, seed=seed)
     epoch = epoch_of(steps, examples)
     assert Counter(e for step in epoch for one in step for e in one) == Counter(examples)
     for step in epoch:
         whole = [e for one in step for e in one]
-        assert len(whole) == 1 or padded(whole) <= per_step
-        assert all(len(one) == 1 or padded(one) <= per_pass for one in step)
-        assert len(step) == 1 or per_pass < per_step
-
-
-@given(LENGTHS, st.integers(20, 100), st.integers(1, 120), st.integers(0, 3))
-def test_packed_steps_and_passes_keep_their_limits_and_hold_an_epoch(
-    lengths: list[int], per_step: int, per_pass: int, seed: int
-) -> None:
-    examples = of_lengths(lengths)
-    steps = packed_steps(examples, tokens_per_step=per_step, tokens_per_pass=per_pass, seed=seed)
-    epoch = epoch_of(steps, examples)
-    assert Counter(e for step in epoch for one in step for e in one) == Counter(examples)
-    for step in epoch:
-        whole = [e for one in step for e in one]
-        assert len(whole) == 1 or total(whole) <= per_step
-        assert all(len(one) == 1 or total(one) <= per_pass for one in step)
+        assert len(whole) == 1 or width(whole) <= per_step
+        assert all(len(one) == 1 or width(one) <= per_pass for one in step)
         assert len(step) == 1 or per_pass < per_step
 
 
