@@ -21,6 +21,7 @@ MEASURES: Mapping[str, tuple[str, str]] = {
     "mean_cosine": ("mean cosine with earlier", ".4f"),
     "least_expert_share": ("expert share, least", ".4f"),
     "largest_expert_share": ("expert share, largest", ".4f"),
+    "near_uniform_experts": ("expert shares within 40 % of 1/E", ".1%"),
 }
 NOTE = (
     "Losses in nats per held-out answer token; over several seeds the median (lowest to highest). "

@@ -6,49 +6,37 @@ function of the recipe and of the files before it, so a run that was killed repe
 to the same result.
 """
 
-import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Protocol, TypeVar
-
-from torch import Tensor
+from typing import Protocol
 
 from engine.model.base import Base
-from engine.model.delta_recorder import ProjectionKey
-from engine.model.moe_lora import MoeLoraConfig, ServingStack
+from engine.model.moe_lora import MoeLoraConfig
 from router.policy import RoutingPolicy
 from stack_store.registry import StackRegistry
-from training.context import Context, Rounds, pack_of
+from training.context import Context, Rounds
 from training.data.chat_tokens import special_tokens
 from training.data.examples import DomainExamples, Example, render_domain
 from training.data.preparation import prepare_data
 from training.errors import TrainingDiverged
 from training.forgetting import Examiner, add_row
-from training.freezing import load_frozen, stored_b, write_frozen
+from training.freezing import load_frozen, write_frozen
+from training.frozen_domains import FrozenDomains
 from training.journal import Journal
-from training.protected_space import ProtectedSpace, extend, name_of
 from training.recipe import DomainSection, Recipe, StackSection
 from training.reports import (
     DomainReport,
     ForgettingReport,
     RoundReport,
-    SubspaceReport,
-    of_domains,
     read_report,
+    read_report_of,
     report_path,
     write_report,
 )
 from training.round_training import Progress, Task, train_round
 from training.seeds import derive_seed
-from training.subspaces import Directions, DomainSubspace, add_domain, empty_report
-from training.survey import claimed_directions, mean_deltas
 from training.workers import Workers
-
-logger = logging.getLogger(__name__)
-
-Rows = Mapping[ProjectionKey, Tensor]
-Report = TypeVar("Report")
 
 
 class Spectator(Protocol):
@@ -75,9 +63,7 @@ class Curriculum:
         # Now, with the data: a file that changes while the run goes on must not change what the data are called.
         self._digests = [recipe.domain_digest(index) for index in range(len(recipe.settings.domains))]
         self._held_out: dict[str, list[Example]] = {}
-        self._frozen: dict[str, tuple[ServingStack, ...]] = {}
-        self._directions: dict[str, Directions] = {}
-        self._protected = ProtectedSpace.empty(base.geometry)
+        self._frozen = FrozenDomains(recipe, base, store, workers)
 
     def run(self, *, until: str | None = None) -> list[DomainReport]:
         """Trains every domain, or those up to `until`, that is not finished; returns all their reports."""
@@ -102,10 +88,10 @@ class Curriculum:
         if self._workers.is_first:
             journal.require_records(self._data.domains[domain.name].digest)
         finished = self._finished_report(domain.name, digest)
-        earlier = dict(self._frozen)
+        earlier = dict(self._frozen.stacks)
         if finished is None:
             self._train_rounds(domain, digest, journal, examples)
-        self._take_in(domain.name, journal, is_new=finished is None)
+        self._frozen.take_in(domain.name, journal, examples.held_out, is_new=finished is None)
         report = finished or self._examine(domain.name, digest, journal, examples, earlier)
         if self._workers.is_first:
             journal.tidy()
@@ -153,8 +139,8 @@ class Curriculum:
             base=self._base,
             train=examples.train,
             held_out=examples.held_out,
-            context=Context(training.context, own=own, earlier=self._frozen),
-            protected=self._protected if settings.null_space.enabled else None,
+            context=Context(training.context, own=own, earlier=self._frozen.stacks),
+            protected=self._frozen.protected if settings.null_space.enabled else None,
             settings=training,
             workers=self._workers,
         )
@@ -183,69 +169,6 @@ class Curriculum:
             journal.finish_round(report, experts)
         self._spectator.round_ends(domain.name, report)
 
-    def _take_in(self, domain: str, journal: Journal, *, is_new: bool) -> None:
-        """Counts a registered domain among the frozen, and what it claims among the protected.
-
-        The first worker finds the directions and writes them; all read them, for each device would find its own.
-        """
-        self._frozen[domain] = load_frozen(self._base, self._stack_paths(domain))
-        # A store that was copied without its journals has a finished domain without directions.
-        if self._workers.is_first and (is_new or journal.load_directions(self._base.geometry) is None):
-            self._survey(domain, journal)
-        self._workers.wait()
-        kept = journal.load_directions(self._base.geometry)
-        assert kept is not None
-        own, self._protected = kept
-        self._directions[domain] = own.bases
-
-    def _survey(self, domain: str, journal: Journal) -> None:
-        """Finds where a domain's deltas lie, writes the directions down and reports them."""
-        section = self._recipe.settings.null_space
-        rows = self._mean_deltas(domain)
-        directions, values = claimed_directions(rows, count=section.directions, seed=self._recipe.settings.seed)
-        after = extend(self._protected, directions, max_share=section.max_share)
-        self._warn_of_cap(domain, directions, after)
-        subspace = DomainSubspace(
-            rows={key: row.cpu() for key, row in rows.items()},
-            directions=directions,
-            singular_values=values,
-            folded_b=stored_b(self._stack_paths(domain)),
-            before=self._protected,
-            after=after,
-        )
-        known = self._report_so_far("subspaces", SubspaceReport, self._directions) or empty_report()
-        self._write("subspaces", add_domain(known, domain, subspace, self._directions))
-        journal.save_directions(own=ProtectedSpace(directions), after=after)
-
-    def _warn_of_cap(self, domain: str, found: Directions, after: ProtectedSpace) -> None:
-        """Says so if a domain is protected less than it could be, because others came first."""
-        before, max_share = self._protected.bases, self._recipe.settings.null_space.max_share
-        cut = [
-            key
-            for key, basis in after.bases.items()
-            if (basis.shape[1] + 1) / basis.shape[0] > max_share
-            and basis.shape[1] < before[key].shape[1] + found[key].shape[1]
-        ]
-        if cut:
-            logger.warning(
-                "no room for all directions of a domain name=%s projections=%d of=%d first=%s max_share=%s",
-                domain,
-                len(cut),
-                len(found),
-                name_of(cut[0]),
-                max_share,
-            )
-
-    def _mean_deltas(self, domain: str) -> Rows:
-        pack = pack_of([domain], self._frozen)
-        assert pack is not None
-        return mean_deltas(
-            self._base,
-            pack,
-            self._held_out[domain][: self._recipe.settings.null_space.samples],
-            max_tokens=self._recipe.settings.training.max_pass_tokens,
-        )
-
     def _examine(
         self, domain: str, digest: str, journal: Journal, examples: DomainExamples, earlier: Mapping[str, Rounds]
     ) -> DomainReport:
@@ -255,10 +178,10 @@ class Curriculum:
             self._base, self._held_out, max_tokens=settings.training.max_pass_tokens, workers=self._workers
         )
         base_loss = examiner.loss(domain, None)
-        known = self._report_so_far("forgetting", ForgettingReport, earlier)
-        losses = examiner.losses_by_mode(self._frozen, self._policy)
+        known = read_report_of(report_path(self._store, "forgetting"), ForgettingReport, earlier)
+        losses = examiner.losses_by_mode(self._frozen.stacks, self._policy)
         self._write("forgetting", add_row(known, domain, base_loss, losses))
-        context = Context(settings.training.context, own=self._frozen[domain], earlier=earlier)
+        context = Context(settings.training.context, own=self._frozen.stacks[domain], earlier=earlier)
         rounds = journal.rounds(with_stacks=False)
         report = DomainReport(
             domain=domain,
@@ -281,15 +204,6 @@ class Curriculum:
         with closing(StackRegistry.open(self._store)) as registry:
             entries = [entry for entry in registry.manifest.domains if entry.name == domain]
             return bool(entries) and all(registry.header(stack).recipe_digest == digest for stack in entries[0].stacks)
-
-    def _stack_paths(self, domain: str) -> list[Path]:
-        with closing(StackRegistry.open(self._store)) as registry:
-            return [registry.stack_path(stack) for stack in registry.domain(domain).stacks]
-
-    def _report_so_far(self, name: str, kind: type[Report], domains: Collection[str]) -> Report | None:
-        """The report of these domains, without what an earlier run with another recipe left in it."""
-        report = read_report(report_path(self._store, name), kind) if domains else None
-        return None if report is None else of_domains(report, domains)
 
     def _write(self, name: str, report: object) -> None:
         if self._workers.is_first:

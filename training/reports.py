@@ -78,17 +78,6 @@ class SubspaceReport:
     protected_share: Mapping[DomainName, Mapping[ProjectionName, float]]  # of O: what is claimed after the domain
 
 
-def of_domains(report: Report, domains: Collection[str]) -> Report:
-    """The report, all of whose fields are by domain, with these domains only."""
-    assert is_dataclass(report)
-    assert not isinstance(report, type)
-    kept = {
-        field.name: {name: value for name, value in getattr(report, field.name).items() if name in domains}
-        for field in fields(report)
-    }
-    return replace(report, **kept)
-
-
 def report_path(store: Path, name: str) -> Path:
     """Where a store keeps the report of that name."""
     return store / REPORTS_FOLDER / f"{name}.json"
@@ -111,3 +100,20 @@ def read_report(path: Path, kind: type[Report]) -> Report | None:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ReportInvalid(f"{path}: {faults}") from error
+
+
+def read_report_of(path: Path, kind: type[Report], domains: Collection[str]) -> Report | None:
+    """A report, all of whose fields are by domain, of these domains only: without what another recipe's run left in it.
+
+    None if there is none, or if there are no domains, so that the first of a run need not read what will be replaced.
+    """
+    report = read_report(path, kind) if domains else None
+    if report is None:
+        return None
+    assert is_dataclass(report)
+    assert not isinstance(report, type)
+    kept = {
+        field.name: {name: value for name, value in getattr(report, field.name).items() if name in domains}
+        for field in fields(report)
+    }
+    return replace(report, **kept)

@@ -62,6 +62,7 @@ class DomainNumbers:
     mean_cosine: float | None  # over the earlier domains and all projections; None for the first domain
     least_expert_share: float  # of all experts of all projections, in round 1
     largest_expert_share: float
+    near_uniform_experts: float  # of all experts of all projections, those with a share within 40 % of 1/E
     validation: Curve  # of all rounds, one after the other
 
 
@@ -90,6 +91,11 @@ def num_parameters(geometry: Geometry, section: StackSection) -> int:
         stack = MoeLoraStack(geometry, stack_config(section))
     uncounted = {"noise"} if section.num_experts > 1 else {"noise", "gate"}
     return sum(p.numel() for name, p in stack.named_parameters() if name.rpartition(".")[2] not in uncounted)
+
+
+def near_uniform(shares: Sequence[float]) -> float:
+    """Of a projection's E experts, those whose share of the assignments lies within 40 % of 1/E: 0.15 to 0.35 of 4."""
+    return fmean(0.6 <= share * len(shares) <= 1.4 for share in shares)
 
 
 def joined_validation(rounds: Sequence[RoundReport]) -> Curve:
@@ -144,5 +150,6 @@ def _numbers(
         mean_cosine=fmean(cosines) if cosines else None,
         least_expert_share=min(shares),
         largest_expert_share=max(shares),
+        near_uniform_experts=fmean(map(near_uniform, report.experts.values())),
         validation=joined_validation(report.rounds),
     )

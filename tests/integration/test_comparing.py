@@ -157,6 +157,7 @@ def test_a_single_lora_trains_and_counts_its_own_parameters(trained: Trained) ->
     shapes = StackRegistry.open(trained.output / "single_lora" / "1").manifest.geometry.shapes
     assert single.domains["greet"].loss < single.domains["greet"].base_loss
     assert single.domains["greet"].largest_expert_share == 1.0
+    assert single.domains["greet"].near_uniform_experts == 1.0
     assert single.domains["greet"].parameters == sum(3 * 8 * (i + o) for i, o in shapes.values())
     assert trained.found.variants["moe_lora"].runs[0].domains["greet"].parameters == sum(
         3 * (4 * 2 * (i + o) + 4 * i) for i, o in shapes.values()

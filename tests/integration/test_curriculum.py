@@ -301,7 +301,7 @@ def test_a_domain_that_finds_no_room_for_its_directions_is_named(
     recipe = write_recipe(tmp_path, llama, training="rounds = 1\nsteps = 2\neval_every = 1")
     run(recipe, tmp_path / "store")
     assert [
-        r.getMessage().partition(" of a domain ")[2] for r in caplog.records if r.name == "training.curriculum"
+        r.getMessage().partition(" of a domain ")[2] for r in caplog.records if r.name == "training.frozen_domains"
     ] == [
         "name=colours projections=6 of=21 first=0.k_proj max_share=0.125"  # k and v: 4 of 32, two domains' worth
     ]

@@ -5,7 +5,7 @@ import math
 from stack_store.header import PROJECTIONS, Geometry
 from training.recipe import StackSection
 from training.reports import RoundReport
-from training.run_numbers import joined_validation, num_parameters
+from training.run_numbers import joined_validation, near_uniform, num_parameters
 
 
 def trained(round: int, steps_run: int, validation: list[tuple[int, float]]) -> RoundReport:
@@ -43,3 +43,10 @@ def test_parameters_are_what_a_stack_file_holds() -> None:
     alone = sum(3 * 5 * (i + o) for i, o in shapes.values())
     assert num_parameters(geometry, StackSection(num_experts=4, rank=2, top_k=2)) == of_experts
     assert num_parameters(geometry, StackSection(num_experts=1, rank=5, top_k=1)) == alone
+
+
+def test_near_uniform_counts_the_experts_within_40_percent() -> None:
+    assert near_uniform((0.15, 0.35, 0.2, 0.3)) == 1.0
+    assert near_uniform((0.14, 0.36, 0.25, 0.25)) == 0.5
+    assert near_uniform((0.5, 0.5, 0.0, 0.0)) == 0.0
+    assert near_uniform((1.0,)) == 1.0
