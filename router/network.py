@@ -5,7 +5,7 @@ The architecture is the paper's (section 3.6, meta-router): every domain's logit
 weights, and is computed by itself in shapes that do not know D. So adding a domain leaves the others' bits alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,19 +72,25 @@ class MetaRouter(nn.Module):
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         """(B, T, H), (B, T) true on tokens -> (B, D) logits. Every prompt must have a token."""
-        return torch.stack(list(self._domain_logits(features, mask)), dim=-1)
+        return torch.stack(list(self._logits(features, mask, self.domain_queries)), dim=-1)
+
+    def domain_logit(self, domain: str, features: Tensor, mask: Tensor) -> Tensor:
+        """(B, T, H), (B, T) -> (B,): the column of one domain, at the cost of one."""
+        query = self.domain_queries[self._domains.index(domain)]
+        return next(self._logits(features, mask, [query]))
 
     def scores(self, features: Tensor, mask: Tensor) -> Tensor:
         """(B, T, H), (B, T) -> (B, D) sigmoid scores, each as free of the other domains as its logit."""
-        return torch.stack([logit.sigmoid() for logit in self._domain_logits(features, mask)], dim=-1)
+        logits = self._logits(features, mask, self.domain_queries)
+        return torch.stack([logit.sigmoid() for logit in logits], dim=-1)
 
-    def _domain_logits(self, features: Tensor, mask: Tensor) -> Iterator[Tensor]:
-        """One (B,) tensor per domain. A loop, because a product over all domains may round differently as D grows."""
+    def _logits(self, features: Tensor, mask: Tensor, queries: Iterable[Tensor]) -> Iterator[Tensor]:
+        """One (B,) tensor per query. A loop, because a product over all domains may round differently as D grows."""
         # Zeroed, since a weight of 0 would still let NaN through from what lies in the padding.
         tokens = self.token_ln(self.token_proj(features.masked_fill(~mask.unsqueeze(-1), 0.0)))  # (B, T, C)
         shared = self.global_ln(_attention_pool(tokens, self.global_query, mask))  # (B, C)
         temperature = self.temperature()
-        for query in self.domain_queries:
+        for query in queries:
             domain = self.domain_ln(_attention_pool(tokens, query, mask))  # (B, C)
             yield self.mlp(torch.cat([domain, shared], dim=-1)).squeeze(-1) / temperature
 

@@ -34,6 +34,7 @@ def create_app(
             await asyncio.to_thread(service.engine.stop)  # waits for the step that runs
             await store_admin.close()
             service.catalog.cache.close()
+            await asyncio.to_thread(service.close)
 
     # The interactive documentation would load its scripts from another host; /openapi.json stays.
     app = FastAPI(title="Brainstacks", lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None)

@@ -25,10 +25,11 @@ from router.router import Router
 from server.admission import Admission
 from server.app import create_app
 from server.catalog import Catalog, Versions
-from server.config import Settings, demo_store_path
+from server.config import ServerSettings, Settings, demo_store_path
 from server.demo_store import seed_store
 from server.domain_loader import DomainLoader
 from server.errors import ConfigInvalid
+from server.gap_log import GapLog
 from server.live_router import LiveRouter, warn_of_stale_domains
 from server.memory import available_memory_bytes
 from server.metrics import ServerMetrics
@@ -95,6 +96,7 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
         metrics=metrics,
         admission=Admission(limit=settings.engine.max_batch_rows + settings.server.max_queue),
         served_name=settings.server.served_model_name or base.model_id,
+        gap_log=_make_gap_log(settings.server),
     )
     uploads = BlobStore(settings.store.path / UPLOADS_FOLDER, max_bytes=settings.server.max_upload_bytes)
     sources = Sources(registry, uploads, import_root=settings.store.import_root)
@@ -109,6 +111,10 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
         torch.get_num_threads(),
     )
     return create_app(service, store_admin, settings, workers=_one_threaded("worker", NUM_WORKERS))
+
+
+def _make_gap_log(settings: ServerSettings) -> GapLog | None:
+    return None if settings.gap_log is None else GapLog(settings.gap_log, max_bytes=settings.gap_log_bytes)
 
 
 def _version() -> str:

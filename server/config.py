@@ -45,6 +45,8 @@ class ServerSettings(_Section):
     request_timeout_seconds: float = Field(default=600.0, gt=0)
     heartbeat_timeout_seconds: float = Field(default=30.0, gt=0, description="an engine silent for longer is not ready")
     drain_seconds: int = Field(default=30, ge=0, description="running requests get this long at shutdown")
+    gap_log: Path | None = Field(default=None, description="keeps prompts that no domain covers; default: none is kept")
+    gap_log_bytes: int = Field(default=MIB, ge=4096, description="of that file, and of the older one beside it")
 
     @field_validator("api_keys", mode="before")
     @classmethod

@@ -64,7 +64,7 @@ class ServerMetrics:
         self.domain_weight = histogram(
             "domain_weight", "Weight of the domain where it was active.", WEIGHT_BUCKETS, "domain"
         )
-        self.capability_gap = counter("capability_gap_total", "Routed prompts whose raw scores were all too low.")
+        self.capability_gap = counter("capability_gap_total", "Routed prompts that no domain covers.")
         self.build_info = gauge("build_info", "Always 1; what runs here.", "version", "base")
         self.build_info.labels(version, base).set(1)
         self._show_zeros()

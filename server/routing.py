@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from cachetools import LRUCache
@@ -28,6 +29,14 @@ LoadRouter = Callable[[Path], RouterPort]
 NO_ROUTE = Route(scores={}, mix={}, gap=False)
 
 
+@dataclass(slots=True)
+class _Remembered:
+    """A route, and whether somebody was told already that it is a gap."""
+
+    route: Route
+    gap_told: bool = False
+
+
 class Routing:
     """The router that is live, and the routes that it made."""
 
@@ -35,7 +44,7 @@ class Routing:
         self._engine = engine
         self._load_router = load_router
         self._router = router
-        self._routes: LRUCache[bytes, Route] = LRUCache(CACHED_ROUTES)
+        self._routes: LRUCache[bytes, _Remembered] = LRUCache(CACHED_ROUTES)
 
     @property
     def router(self) -> RouterPort | None:
@@ -51,16 +60,27 @@ class Routing:
         """Scores and mix of a text; a text without words, like one without a router, has no scores. Cancellable."""
         if self._router is None:
             return NO_ROUTE
-        router, text = self._router, text[: self._router.max_tokens * MAX_CHARACTERS_PER_TOKEN]
+        router, text = self._router, _readable(self._router, text)
         if not text.strip():
             return NO_ROUTE
-        digest = hashlib.sha256(text.encode()).digest()
+        digest = _digest(text)
         if (known := self._routes.get(digest)) is not None:
-            return known
+            return known.route
         route = await asyncio.wrap_future(self._engine.run_on_device(lambda: router.route(text)))
         if router is self._router:  # a router that was swapped meanwhile must not be remembered as the new one
-            self._routes[digest] = route
+            self._routes[digest] = _Remembered(route)
         return route
+
+    def first_gap(self, text: str) -> str | None:
+        """Of a text whose route is a gap, what the router could read; None if it was told before and is remembered."""
+        if self._router is None:
+            return None
+        text = _readable(self._router, text)
+        known = self._routes.get(_digest(text))
+        if known is None:
+            return text
+        is_first, known.gap_told = not known.gap_told, True
+        return text if is_first else None
 
     async def route_strictly(self, text: str) -> Route:
         """As `route`, but the lack of a router is an error."""
@@ -77,3 +97,11 @@ class Routing:
         self._router = router
         self._routes.clear()
         logger.info("router swapped")
+
+
+def _readable(router: RouterPort, text: str) -> str:
+    return text[: router.max_tokens * MAX_CHARACTERS_PER_TOKEN]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

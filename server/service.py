@@ -10,6 +10,7 @@ from engine.types import SamplingParams
 from router.router import Route
 from server.admission import Admission
 from server.catalog import Catalog
+from server.gap_log import GapLog
 from server.generation import Generation, Parts, PromptPlan
 from server.meter import RequestMeter
 from server.metrics import ServerMetrics
@@ -45,6 +46,7 @@ class Service:
         metrics: ServerMetrics,
         admission: Admission,
         served_name: str,
+        gap_log: GapLog | None = None,
     ) -> None:
         self.engine = engine
         self.catalog = catalog
@@ -54,6 +56,7 @@ class Service:
         self.metrics = metrics
         self.admission = admission
         self.served_name = served_name
+        self._gap_log = gap_log
         self._parts = Parts(engine, catalog, metrics)
         metrics.watch_load(
             running=lambda: engine.snapshot().running,
@@ -85,6 +88,11 @@ class Service:
             undo.pop_all()
         return generation
 
+    def close(self) -> None:
+        """Ends what the service itself started. Idempotent."""
+        if self._gap_log is not None:
+            self._gap_log.close()
+
     async def route(self, text: str) -> tuple[Route, dict[str, float]]:
         """The route of a text, and its mix without the domains that are not registered here. Admitted as a sequence."""
         ticket = self.admission.admit(1)
@@ -100,7 +108,7 @@ class Service:
         began = time.monotonic()
         route = await self.routing.route(prompt.route_text) if is_auto else NO_ROUTE
         if route.gap:
-            self.metrics.capability_gap.inc()
+            self._note_gap(prompt.route_text, route)
         return PromptPlan(
             token_ids=prompt.token_ids,
             samplings=tuple(_with_seeds(sampling, job.num_choices)),
@@ -109,6 +117,12 @@ class Service:
             scores=route.scores,
             seconds={"route": time.monotonic() - began} if is_auto else {},
         )
+
+    def _note_gap(self, text: str, route: Route) -> None:
+        """Counted each time; kept once while the route is remembered."""
+        self.metrics.capability_gap.inc()
+        if self._gap_log is not None and (unknown := self.routing.first_gap(text)) is not None:
+            self._gap_log.keep(unknown, route.scores)
 
 
 def _with_seeds(sampling: SamplingParams, count: int) -> Sequence[SamplingParams]:

@@ -41,6 +41,7 @@ from server.app import create_app
 from server.catalog import Catalog, Versions
 from server.config import load_settings
 from server.domain_loader import DomainLoader
+from server.gap_log import GapLog
 from server.metrics import ServerMetrics
 from server.prompts import PromptReader
 from server.routing import Routing
@@ -320,6 +321,7 @@ def run_live_server(
         metrics=metrics,
         admission=Admission(limit=4 + chosen.server.max_queue),
         served_name="tiny",
+        gap_log=GapLog(log, max_bytes=chosen.server.gap_log_bytes) if (log := chosen.server.gap_log) else None,
     )
     blobs = BlobStore(folder / "store" / "uploads", max_bytes=chosen.server.max_upload_bytes)
     sources = Sources(registry, blobs, import_root=folder / "import" if has_import_root else None)

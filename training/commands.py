@@ -1,29 +1,20 @@
 """Runs a training command and shows it: progress bars, tables, errors. Knows the console, not the mathematics."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
-from stack_store.registry import StackRegistry
 from training.curriculum import Curriculum
 from training.errors import RecipeInvalid
 from training.expected_errors import EXPECTED_ERRORS, show_error
+from training.progress_bars import make_bars
 from training.recipe import Recipe, read_recipe, with_base
-from training.reports import DomainReport, RoundReport, report_path, write_report
+from training.reports import DomainReport, RoundReport
 from training.round_training import Progress as StackProgress
-from training.router_run import (
-    feature_settings,
-    register_router,
-    require_trained,
-    router_examples,
-    routing_policy,
-    train_label_router,
-)
-from training.router_training import RouterMetrics, RouterProgress
+from training.router.store_router import routing_policy
 from training.run import load_training_base, make_store
 from training.workers import Workers
 
@@ -39,7 +30,7 @@ def run_recipe(recipe_path: Path, output: Path, *, until: str | None, base_spec:
             raise RecipeInvalid(f"{workers.count} workers share the passes of a step: set training.tokens_per_pass")
         base = load_training_base(recipe, workers)
         make_store(output, base, workers)
-        with _bars(console) as bars:
+        with make_bars(console) as bars:
             curriculum = Curriculum(
                 recipe,
                 base,
@@ -53,28 +44,6 @@ def run_recipe(recipe_path: Path, output: Path, *, until: str | None, base_spec:
         show_error(error)
         return 1
     console.print(_loss_table(reports))
-    return 0
-
-
-def run_router(recipe_path: Path, store: Path, *, base_spec: str | None) -> int:
-    """Trains a recipe's router; returns the process's exit status."""
-    console = Console()
-    try:
-        recipe = with_base(read_recipe(recipe_path), base_spec)
-        base = load_training_base(recipe, Workers())
-        registry = StackRegistry.open(store, base_fingerprint=base.fingerprint, geometry=base.geometry)
-        require_trained(registry, recipe)
-        settings = feature_settings(base)
-        with _bars(console) as bars:
-            examples = router_examples(base, recipe, settings, _prompt_bar(bars))
-            trained = train_label_router(recipe, examples, _router_bar(bars))
-        register_router(base, recipe, settings, trained, registry)
-        report = asdict(trained.metrics) | {"best_epoch": trained.best_epoch}
-        write_report(report_path(store, "router"), report)
-    except EXPECTED_ERRORS as error:
-        show_error(error)
-        return 1
-    console.print(_router_table(trained.metrics))
     return 0
 
 
@@ -115,34 +84,6 @@ def _require_known(recipe: Recipe, until: str | None) -> None:
         raise RecipeInvalid(f"the recipe has no domain {until!r}; it has {names}")
 
 
-def _bars(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:>10}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
-        console=console,
-    )
-
-
-def _prompt_bar(bars: Progress) -> Callable[[int, int], None]:
-    bar = bars.add_task("features", total=None, state="")
-    return lambda done, total: bars.update(bar, completed=done, total=total)
-
-
-def _router_bar(bars: Progress) -> Callable[[RouterProgress], None]:
-    bars_by_run: list[TaskID] = []
-
-    def show(progress: RouterProgress) -> None:
-        if not bars_by_run:
-            bars_by_run.append(bars.add_task("router", total=progress.num_steps, state=""))
-        bars.update(bars_by_run[0], completed=progress.step, state=f"loss {progress.loss:.4f}")
-
-    return show
-
-
 def _loss_table(reports: Sequence[DomainReport]) -> Table:
     table = Table("domain", "base", "with its stacks", "rounds", "seconds", title="loss per held-out answer token")
     for report in reports:
@@ -150,15 +91,3 @@ def _loss_table(reports: Sequence[DomainReport]) -> Table:
         losses = (f"{report.base_loss:.3f}", f"{report.loss:.3f}")
         table.add_row(report.domain, *losses, rounds, f"{report.seconds:.0f}")
     return table
-
-
-def _router_table(metrics: RouterMetrics) -> Table:
-    title = f"unseen prompts: top-1 {metrics.top1:.3f}, set match {metrics.set_match:.3f}, BCE {metrics.bce:.4f}"
-    table = Table("domain", "precision", "recall", "prompts", title=title)
-    for name, of_domain in metrics.domains.items():
-        table.add_row(name, _share(of_domain.precision), _share(of_domain.recall), str(of_domain.num_positive))
-    return table
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -13,7 +13,7 @@ from training.curriculum import Curriculum, Spectator
 from training.errors import TrainingDiverged
 from training.experiment import Experiment, PlannedRun
 from training.recipe import BaseSection
-from training.router_run import routing_policy
+from training.router.store_router import routing_policy
 from training.run import load_training_base, make_store
 from training.run_numbers import read_run
 from training.workers import Workers

@@ -18,7 +18,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 Settings = TypeVar("Settings", bound=BaseModel)
-RESERVED_NAMES = ("data", "forgetting", "subspaces", "router", "recipe")
+RESERVED_NAMES = ("data", "discovery", "evaluation", "forgetting", "subspaces", "router", "router_extension", "recipe")
 INT8_MAX_SHARE = 0.14  # training/rounding.py has the measurement
 
 
@@ -89,16 +89,30 @@ class NullSpaceSection(_Section):
     max_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.125  # of a projection's outputs, for all domains together
 
 
-class RouterSection(_Section):
-    """The router trained on domain labels."""
+class DiscoverySection(_Section):
+    """How the combination of domains is found that answers a prompt best (section 3.6)."""
 
-    prompts_per_domain: Positive = 300
+    prompts_per_domain: Positive = 100  # of its training records
+    search: Literal["greedy", "exhaustive"] = "greedy"
+    threshold: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.01  # nats a token that each member must gain
+    soft_domains: tuple[str, ...] | None = None  # default: reasoning, if it is a domain of the recipe
+
+
+class RouterSection(_Section):
+    """The router, its policy, and how its gap signal is calibrated."""
+
+    prompts_per_domain: Positive = 300  # at most
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1  # of the prompts; chooses the best epoch
     epochs: Positive = 8
     batch_size: Positive = 16
     learning_rate: PositiveFloat = 8e-4
+    extend_learning_rate: PositiveFloat = 8e-3  # of the one query that adds a domain
+    mixed_weight: Positive = 1  # how often an epoch shows a prompt for which several domains are right
     floor_domain: str | None = None  # default: chat, if it is a domain of the recipe
     floor: Share = 0.20
     threshold: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.12
+    out_of_domain: str | None = None  # JSONL with the field `prompt`; without one the gap signal is not calibrated
+    gap_false_alarms: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05  # share of in-domain prompts that it may flag
 
 
 class SourceSection(_Section):
@@ -169,6 +183,7 @@ class RecipeFile(_Section):
     data: DataSection = DataSection()
     training: TrainingSection = TrainingSection()
     null_space: NullSpaceSection = NullSpaceSection()
+    discovery: DiscoverySection = DiscoverySection()
     router: RouterSection = RouterSection()
     domains: Annotated[tuple[DomainSection, ...], Field(min_length=1)]
 
@@ -179,6 +194,9 @@ class RecipeFile(_Section):
             require_domain_name(name)
         if self.router.floor_domain not in (None, *names):
             raise ValueError(f"router.floor_domain {self.router.floor_domain!r} is none of the domains {names}")
+        unknown = [name for name in self.discovery.soft_domains or () if name not in names]
+        if unknown:
+            raise ValueError(f"discovery.soft_domains {unknown} are none of the domains {names}")
         reserved = [name for name in names if name in RESERVED_NAMES]
         if reserved:
             raise ValueError(f"domain name {reserved[0]!r} is taken: a report of the run is called so")
@@ -218,12 +236,13 @@ class Recipe:
     def domain_digest(self, index: int) -> str:
         """sha256 in hex of all that the index-th domain's stacks depend on: settings, files, and the domains before.
 
-        What comes later in the recipe, and the router, are not in it: a domain added at the end leaves the others be.
+        What comes later in the recipe, discovery and the router are not in it: a domain added at the end leaves the
+        others be.
         Decontamination moves records between all domains, so with it they are all in.
         """
         settings = self.settings
         domains = settings.domains if settings.data.decontaminate else settings.domains[: index + 1]
-        content = settings.model_dump(mode="json", exclude={"router", "domains"})
+        content = settings.model_dump(mode="json", exclude={"router", "discovery", "domains"})
         content["domains"] = [domain.model_dump(mode="json") for domain in domains]
         content["files"] = [
             hashlib.sha256((self.folder / source.file).read_bytes()).hexdigest()
@@ -241,6 +260,9 @@ def read_recipe(path: Path) -> Recipe:
     for source in (source for domain in settings.domains for source in domain.all_sources):
         if source.file is not None and not (path.parent / source.file).is_file():
             raise RecipeInvalid(f"{path}: there is no file {str(path.parent / source.file)!r}")
+    out_of_domain = settings.router.out_of_domain
+    if out_of_domain is not None and not (path.parent / out_of_domain).is_file():
+        raise RecipeInvalid(f"{path}: router.out_of_domain: there is no file {str(path.parent / out_of_domain)!r}")
     return Recipe(settings, path.parent, text)
 
 

@@ -177,7 +177,7 @@ def test_keywords_move_code_and_mathematics_out_of_real_conversations_and_little
 def demo_records() -> dict[str, list[SourcedRecord]]:
     """The first records of the demo's data, by domain."""
     pools: dict[str, list[SourcedRecord]] = {}
-    for path in sorted(DEMO_DATA.glob("*.jsonl")):
+    for path in sorted(set(DEMO_DATA.glob("*.jsonl")) - {DEMO_DATA / "out_of_domain.jsonl"}):  # which is of none
         rows = map(json.loads, path.read_text(encoding="utf-8").splitlines()[:DEMO_RECORDS])
         key = SourceKey(path.stem, 0)
         pools[path.stem] = [SourcedRecord(Record(row["instruction"], row["output"]), path.name, key) for row in rows]

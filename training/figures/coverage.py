@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 
 from stack_store.header import PROJECTIONS, Geometry
+from training.discovery.report import REPORT_NAME, DiscoveryReport
 from training.figures.store_reports import StoreReports, report_file
 from training.figures.subspace_cosines import cosines_between
 from training.reports import MODES, ForgettingReport, SubspaceReport
+from training.router.reports import ROUTER_REPORT, RouterReport
 
 
 def missing_parts(reports: StoreReports) -> tuple[str, ...]:
@@ -21,6 +23,8 @@ def missing_parts(reports: StoreReports) -> tuple[str, ...]:
         parts += _in_file(name, lacking)
     parts += _in_file("forgetting", _losses(reports.forgetting, domains) if reports.forgetting else None)
     parts += _in_file("subspaces", _subspaces(reports.subspaces, reports) if reports.subspaces else None)
+    parts += _in_file(REPORT_NAME, _outcomes(reports.discovery, domains) if reports.discovery else None)
+    parts += _in_file(ROUTER_REPORT, _router(reports.router) if reports.router else None)
     return tuple(parts)
 
 
@@ -68,6 +72,15 @@ def _subspaces(report: SubspaceReport, reports: StoreReports) -> Iterator[str]:
     if len(reports.domains) < 2:
         yield "a second domain to compare"
     yield from _strangers({*report.singular_values, *report.protected_share, *report.cosines}, reports.domains)
+
+
+def _outcomes(report: DiscoveryReport, domains: Sequence[str]) -> Iterator[str]:
+    yield from (f"labels.{domain}" for domain in domains if domain not in report.labels)
+    yield from _strangers({*report.labels, *report.stack_digests}, domains)
+
+
+def _router(report: RouterReport) -> Iterator[str]:
+    yield from (f"gap.{side}" for side in ("calibration", "check") if getattr(report.gap, side) is None)
 
 
 def _strangers(names: Iterable[str], domains: Sequence[str]) -> Iterator[str]:

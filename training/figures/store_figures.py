@@ -10,9 +10,12 @@ from typing import Any
 from stack_store.atomic import replace_file
 from training.errors import TrainingError
 from training.figures import (
+    discovered_combinations,
     expert_utilisation,
+    gap_roc,
     interference,
     orthogonality,
+    reliability,
     singular_values,
     subspace_cosines,
     validation_curves,
@@ -73,6 +76,12 @@ def plan_figures(reports: StoreReports) -> Iterator[PlannedFigure]:
         yield PlannedFigure(orthogonality.FILE, lines, partial(orthogonality.draw, lines, styles))
     if experts := expert_utilisation.gather(reports):
         yield PlannedFigure(expert_utilisation.FILE, experts, partial(expert_utilisation.draw, experts))
+    for shares in discovered_combinations.gather(reports):
+        yield PlannedFigure(shares.file, shares, partial(discovered_combinations.draw, shares))
+    if scores := reliability.gather(reports):
+        yield PlannedFigure(reliability.FILE, scores, partial(reliability.draw, scores))
+    if gap_curves := gap_roc.gather(reports):
+        yield PlannedFigure(gap_roc.FILE, gap_curves, partial(gap_roc.draw, gap_curves))
 
 
 def _write_numbers(reports: StoreReports, plans: list[PlannedFigure], path: Path) -> None:

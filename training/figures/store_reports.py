@@ -9,6 +9,8 @@ from typing import Any
 from stack_store.errors import StoreNotFound
 from stack_store.header import Geometry
 from stack_store.manifest import Manifest, read_manifest
+from training.discovery.combinations import parse_combination
+from training.discovery.report import REPORT_NAME, DiscoveryReport
 from training.errors import ReportInvalid, TrainingError
 from training.figures.projections import place_of
 from training.reports import (
@@ -20,6 +22,7 @@ from training.reports import (
     read_report,
     report_path,
 )
+from training.router.reports import ROUTER_REPORT, GapMeasure, RouterReport
 
 DRAWN_SUBSPACES = ("singular_values", "cosines", "protected_share")
 
@@ -33,6 +36,8 @@ class StoreReports:
     trained: Mapping[str, DomainReport]  # of those domains that have a report, in the same order
     forgetting: ForgettingReport | None
     subspaces: SubspaceReport | None
+    discovery: DiscoveryReport | None
+    router: RouterReport | None
 
 
 def report_file(name: str) -> str:
@@ -53,6 +58,8 @@ def read_store_reports(store: Path) -> StoreReports:
         trained={name: report for name, report in trained.items() if report is not None},
         forgetting=read_report(report_path(store, "forgetting"), ForgettingReport),
         subspaces=read_report(report_path(store, "subspaces"), SubspaceReport),
+        discovery=read_report(report_path(store, REPORT_NAME), DiscoveryReport),
+        router=read_report(report_path(store, ROUTER_REPORT), RouterReport),
     )
     found = next(_faults(reports), None)
     if found is not None:
@@ -75,6 +82,10 @@ def _faults(reports: StoreReports) -> Iterator[tuple[str, str]]:
         yield from (("forgetting", fault) for fault in _forgetting_faults(reports.forgetting))
     if reports.subspaces is not None:
         yield from (("subspaces", fault) for fault in _subspace_faults(reports.subspaces, reports.geometry))
+    if reports.discovery is not None:
+        yield from ((REPORT_NAME, fault) for fault in _discovery_faults(reports.discovery))
+    if reports.router is not None:
+        yield from ((ROUTER_REPORT, fault) for fault in _router_faults(reports.router))
 
 
 def _domain_faults(name: str, report: DomainReport, geometry: Geometry) -> Iterator[str]:
@@ -115,6 +126,47 @@ def _subspace_faults(report: SubspaceReport, geometry: Geometry) -> Iterator[str
     for domain, others in report.cosines.items():
         for other, cosines in others.items():
             yield from _misnamed(f"cosines.{domain}.{other}", cosines, geometry)
+
+
+def _discovery_faults(report: DiscoveryReport) -> Iterator[str]:
+    for label, found in report.labels.items():
+        yield from _not_finite(f"labels.{label}.shares", found.shares)
+        if set(found.shares) != set(report.stack_digests):
+            yield f"labels.{label}.shares has {sorted(found.shares)}, must have {sorted(report.stack_digests)}"
+        counted = sum(found.wins.values())
+        if counted != found.prompts or counted < 1:
+            yield f"labels.{label}.wins counts {counted} prompts, labels.{label}.prompts {found.prompts}"
+        for name in found.wins:
+            try:
+                parse_combination(name, report.stack_digests)
+            except ValueError as error:
+                yield f"labels.{label}.wins: {error}"
+
+
+def _router_faults(report: RouterReport) -> Iterator[str]:
+    for kind, evaluation in report.routers.items():
+        where, calibration = f"routers.{kind}.calibration", evaluation.calibration
+        yield from _not_finite(f"{where}.expected_error", calibration.expected_error)
+        for index, of_bin in enumerate(calibration.bins):
+            yield from _not_finite(f"{where}.bins.{index}", [of_bin.lower, of_bin.upper])
+            means = [value for value in (of_bin.mean_score, of_bin.positive_share) if value is not None]
+            yield from _not_finite(f"{where}.bins.{index}", means)
+            if len(means) != (2 if of_bin.num_scores else 0):
+                yield f"{where}.bins.{index} has {len(means)} means of {of_bin.num_scores} scores"
+        if not sum(of_bin.num_scores for of_bin in calibration.bins):
+            yield f"{where}.bins has no score"
+    for side, measured in (("calibration", report.gap.calibration), ("check", report.gap.check)):
+        yield from _gap_faults(f"gap.{side}", measured)
+
+
+def _gap_faults(where: str, measured: GapMeasure | None) -> Iterator[str]:
+    if measured is None:
+        return
+    curve = measured.curve
+    yield from _not_finite(where, {"false_alarms": measured.false_alarms, "caught": measured.caught})
+    yield from _not_finite(f"{where}.curve", {"false_alarms": curve.false_alarms, "caught": curve.caught})
+    if len(curve.false_alarms) != len(curve.caught):
+        yield f"{where}.curve has {len(curve.false_alarms)} false_alarms and {len(curve.caught)} caught"
 
 
 def _not_finite(where: str, value: Any) -> Iterator[str]:

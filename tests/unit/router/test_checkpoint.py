@@ -17,6 +17,7 @@ from router.network import MetaRouter
 from router.policy import RoutingPolicy
 
 DIGEST = "ab" * 32
+POLICY = {"floor_domain": "chat", "floor": 0.2, "threshold": 0.1, "gap_threshold": 0.1}
 
 
 def small_checkpoint() -> RouterCheckpoint:
@@ -24,7 +25,7 @@ def small_checkpoint() -> RouterCheckpoint:
     return RouterCheckpoint(
         network=MetaRouter(6, ("math", "chat"), hidden_dim=8),
         settings=FeatureSettings(mid_layer=3, mid_weight=0.4, last_weight=0.6, max_tokens=17),
-        policy=RoutingPolicy(floor_domain="chat", floor=0.3, threshold=0.2),
+        policy=RoutingPolicy(floor_domain="chat", floor=0.3, threshold=0.2, gap_threshold=0.4),
         stack_digests={"math": (DIGEST,), "chat": ()},
         base_fingerprint="base-1",
     )
@@ -137,12 +138,13 @@ def test_a_tensor_that_is_not_finite_is_refused(path: Path, value: float) -> Non
         ({"token_dim": 10**30}, "token_dim"),
         ({"token_dim": 7}, r"'token_proj.weight' has shape \(8, 6\), not \(8, 7\)"),
         ({"features": {"mid_layer": 3}}, r"lacks the keys \['last_weight', 'max_tokens', 'mid_weight', 'text_form'\]"),
-        ({"policy": {"floor_domain": "chat", "floor": 0.2, "threshold": 7.0}}, "threshold must be in"),
+        ({"policy": {**POLICY, "threshold": 7.0}}, "threshold must be in"),
+        ({"policy": {**POLICY, "floor": float("nan")}}, "floor: Input should be a finite"),
+        ({"policy": {**POLICY, "cap": 2}}, "policy.cap: Unexpected"),
         (
-            {"policy": {"floor_domain": "chat", "floor": float("nan"), "threshold": 0.1}},
-            "floor: Input should be a finite",
+            {"policy": {name: value for name, value in POLICY.items() if name != "gap_threshold"}},
+            r"policy: Value error, lacks the keys \['gap_threshold'\]",
         ),
-        ({"policy": {"floor_domain": "chat", "floor": 0.2, "threshold": 0.1, "cap": 2}}, "policy.cap: Unexpected"),
     ],
 )
 def test_wrong_metadata_is_refused_by_name(path: Path, change: dict[str, object], fault: str) -> None:

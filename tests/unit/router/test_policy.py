@@ -39,8 +39,17 @@ def test_a_gap_is_seen_before_the_floor() -> None:
     assert policy.mix_from_scores(scores) == {"chat": 0.20}
 
 
-def test_one_score_at_the_threshold_is_no_gap() -> None:
-    assert not RoutingPolicy(threshold=0.25).is_gap({"chat": 0.05, "math": 0.25})
+def test_one_score_at_the_gap_threshold_is_no_gap() -> None:
+    policy = RoutingPolicy(gap_threshold=0.25)
+    assert not policy.is_gap({"chat": 0.05, "math": 0.25})
+    assert policy.is_gap({"chat": 0.05, "math": 0.2499999})
+
+
+def test_a_gap_has_a_threshold_of_its_own() -> None:
+    scores = {"chat": 0.3, "math": 0.6}
+    assert RoutingPolicy(threshold=0.12, gap_threshold=0.7).is_gap(scores)
+    assert RoutingPolicy(threshold=0.12, gap_threshold=0.7).mix_from_scores(scores) == scores
+    assert not RoutingPolicy(threshold=0.9, gap_threshold=0.5).is_gap(scores)
 
 
 def test_scores_are_left_as_they_were() -> None:
@@ -54,3 +63,5 @@ def test_wrong_constants_are_refused_by_name() -> None:
         RoutingPolicy(floor=1.5)
     with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], not nan"):
         RoutingPolicy(threshold=float("nan"))
+    with pytest.raises(ValueError, match=r"gap_threshold must be in \[0, 1\], not -0.1"):
+        RoutingPolicy(gap_threshold=-0.1)

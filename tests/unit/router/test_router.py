@@ -44,7 +44,7 @@ def test_a_route_is_the_network_on_the_features_and_the_policy_on_the_scores() -
 
 
 def test_the_gap_is_told_though_the_floor_answers() -> None:
-    policy = RoutingPolicy(threshold=0.999, floor=1.0)
+    policy = RoutingPolicy(threshold=0.999, gap_threshold=0.999, floor=1.0)
     route = small_router(hidden_states=small_hidden_states(), policy=policy).route("one")
     assert route.gap
     assert route.mix == {"chat": 1.0}

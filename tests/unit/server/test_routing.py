@@ -61,3 +61,21 @@ def test_router_is_given_no_more_of_a_long_text_than_it_could_read() -> None:
         assert [len(text) for text in router.texts] == [router.max_tokens * MAX_CHARACTERS_PER_TOKEN]
 
     asyncio.run(route_long_text())
+
+
+def test_a_gap_is_told_once_while_its_route_is_remembered() -> None:
+    async def ask() -> None:
+        device: Any = HeldDevice()
+        routing = Routing(device, load_router=load_nothing, router=ScriptedRouter(("math",)))
+        assert routing.first_gap("unheard of") == "unheard of"  # never routed, so nothing is remembered
+        task = asyncio.create_task(routing.route("unheard of"))
+        await asyncio.sleep(0)
+        device.run_held()
+        assert (await task).gap
+        assert [routing.first_gap("unheard of") for _ in range(3)] == ["unheard of", None, None]
+        routing.swap(ScriptedRouter(("law",)))
+        assert routing.first_gap("unheard of") == "unheard of"
+        as_far_as_it_reads = ScriptedRouter.max_tokens * MAX_CHARACTERS_PER_TOKEN
+        assert routing.first_gap("unheard of " * 100) == ("unheard of " * 100)[:as_far_as_it_reads]
+
+    asyncio.run(ask())

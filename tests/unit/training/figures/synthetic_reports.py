@@ -9,8 +9,19 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from stack_store.header import PROJECTIONS, Geometry
 from stack_store.manifest import FORMAT_VERSION, DomainEntry, Manifest, StackEntry, stack_file, write_manifest
+from training.discovery.combinations import Outcome
+from training.discovery.report import (
+    DiscoveryReport,
+    DiscoverySettings,
+    Estimate,
+    LabelReport,
+    LossSummary,
+    count_wins,
+)
 from training.reports import (
     MODES,
     DomainReport,
@@ -20,6 +31,10 @@ from training.reports import (
     report_path,
     write_report,
 )
+from training.router.calibration import calibration_of
+from training.router.gap import gap_threshold, measure_gap
+from training.router.reports import DomainMetrics, GapReport, RouterEvaluation, RouterMetrics, RouterReport
+from training.router.target_kind import TargetKind
 
 
 def write_store(
@@ -29,7 +44,7 @@ def write_store(
     num_layers: int = 2,
     num_experts: int = 4,
     num_directions: int = 6,
-    reports: Sequence[str] = ("domains", "forgetting", "subspaces"),
+    reports: Sequence[str] = ("domains", "forgetting", "subspaces", "discovery", "router"),
 ) -> Path:
     """A store of those domains with the reports named; returns its path. The same arguments give the same numbers."""
     path.mkdir(parents=True)
@@ -47,6 +62,10 @@ def write_store(
         write_report(
             report_path(path, "subspaces"), subspace_report(draw, domains, names, num_directions=num_directions)
         )
+    if "discovery" in reports:
+        write_report(report_path(path, "discovery"), discovery_report(draw, domains))
+    if "router" in reports:
+        write_report(report_path(path, "router"), router_report(draw, domains))
     return path
 
 
@@ -113,6 +132,59 @@ def subspace_report(
             for index, name in enumerate(domains)
         },
     )
+
+
+def discovery_report(draw: random.Random, domains: Sequence[str], *, prompts: int = 50) -> DiscoveryReport:
+    """Most prompts are best answered by their own domain, alone or with one or all of the others."""
+    labels: dict[str, LabelReport] = {}
+    for label in domains:
+        likely = [{label}, {label}, *({label, other} for other in domains), set(domains), set[str]()]
+        best = [frozenset(draw.choice(likely)) for _ in range(prompts)]
+        outcomes = [Outcome(members, frozenset(), {}) for members in best]
+        shares = {name: sum(name in members for members in best) / prompts for name in domains}
+        labels[label] = LabelReport(prompts, 2, (), count_wins(outcomes, domains), shares, {}, _loss_summary(draw))
+    return DiscoveryReport(
+        base_fingerprint="base",
+        settings=DiscoverySettings("greedy", 0.01, (), prompts, 512),
+        stack_digests={name: (hashlib.sha256(name.encode()).hexdigest(),) for name in domains},
+        labels=labels,
+        losses=_loss_summary(draw),
+        rows_measured=700,
+        rows_from_cache=0,
+        seconds=60.0,
+        outcomes_sha256="0" * 64,
+    )
+
+
+def router_report(draw: random.Random, domains: Sequence[str]) -> RouterReport:
+    """Scores that are nearly calibrated; prompts outside lie mostly below those inside."""
+    inside, outside = ([draw.betavariate(*shape) for _ in range(80)] for shape in ((6, 1), (2, 3)))
+    threshold = gap_threshold(inside[:40], max_false_alarms=0.05)
+    sides = [measure_gap(inside[half], outside[half], threshold=threshold) for half in (slice(40), slice(40, 80))]
+    return RouterReport(
+        targets=TargetKind.DISCOVERED,
+        num_train=90,
+        num_validation=10,
+        prompts=dict.fromkeys(domains, 50),
+        unused_prompts=dict.fromkeys(domains, 0),
+        routers={kind: _router_evaluation(draw, domains) for kind in TargetKind},
+        gap=GapReport(threshold, 0.05, calibration=sides[0], check=sides[1]),
+    )
+
+
+def _router_evaluation(draw: random.Random, domains: Sequence[str]) -> RouterEvaluation:
+    scores = torch.tensor([draw.betavariate(0.4, 0.4) for _ in range(200)])
+    right = torch.tensor([draw.random() < score for score in scores.tolist()])
+    of_domains = dict.fromkeys(domains, DomainMetrics(0.9, None, 10))
+    metrics = RouterMetrics(0.9, 0.8, 0.1, None, 0.7, 40, 0, 40, of_domains)
+    return RouterEvaluation(0.9, metrics, calibration_of(scores, right), best_epoch=3)
+
+
+def _loss_summary(draw: random.Random) -> LossSummary:
+    best = draw.uniform(1.0, 2.0)
+    means = {"base": best + 0.5, "label": best + 0.02, "ungated": best + 0.7, "best": best}
+    saving = {mode: Estimate(loss - best, loss - best - 0.01, loss - best + 0.01) for mode, loss in means.items()}
+    return LossSummary(means, means, {mode: saved for mode, saved in saving.items() if mode != "best"})
 
 
 def _shares(draw: random.Random, num_experts: int) -> tuple[float, ...]:

@@ -38,6 +38,10 @@ FILES = [
     "singular_values.png",
     "orthogonality_by_layer.png",
     "expert_utilisation.png",
+    "discovered_combinations.png",
+    "discovered_domains.png",
+    "reliability.png",
+    "gap_roc.png",
 ]
 WIDTHS = {  # of three panels in a row, of four, of one, of two: inches
     "validation_curves.png": 9.0,
@@ -194,6 +198,66 @@ def test_expert_shares_are_means_over_the_projections_of_a_layer(numbers: Any, s
     assert maps["colour_limit"] == max(distances)
 
 
+def test_shares_of_combinations_are_those_of_the_report_and_add_up(numbers: Any, store: Path) -> None:
+    labels = report(store, "discovery")["labels"]
+    drawn_map, of_domains = (numbers[f"discovered_{kind}.png"] for kind in ("combinations", "domains"))
+    assert drawn_map["rows"] == of_domains["rows"] == of_domains["columns"] == list(DOMAINS)
+    for label, shares, contained in zip(DOMAINS, drawn_map["shares"], of_domains["shares"], strict=True):
+        wins = labels[label]["wins"]
+        assert shares == [wins.get(name, 0) / 50 for name in drawn_map["columns"]]
+        assert sum(shares) == pytest.approx(1.0)
+        assert contained == [labels[label]["shares"][name] for name in DOMAINS]
+    totals = [sum(column) for column in zip(*drawn_map["shares"], strict=True)]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_combinations_beyond_the_most_frequent_are_one_column(tmp_path: Path) -> None:
+    names = tuple(f"domain-{letter}" for letter in "abcdef")
+    store = write_store(tmp_path / "store", names, num_layers=1, reports=["discovery"])
+    drawn_map = drawn_numbers(store)["discovered_combinations.png"]
+    assert len(drawn_map["columns"]) == 13
+    assert drawn_map["columns"][-1] == "all others"
+    assert all(sum(row) == pytest.approx(1.0) for row in drawn_map["shares"])
+
+
+def test_reliability_shows_the_bins_of_every_router(numbers: Any, store: Path) -> None:
+    of_report, drawn_curves = report(store, "router"), numbers["reliability.png"]
+    assert drawn_curves["measured_against"] == of_report["targets"] == "discovered"
+    assert [panel["learnt"] for panel in drawn_curves["panels"]] == ["discovered", "labels"]
+    for panel in drawn_curves["panels"]:
+        calibration = of_report["routers"][panel["learnt"]]["calibration"]
+        assert panel["expected_error"] == calibration["expected_error"]
+        for place, of_bin in enumerate(calibration["bins"]):
+            assert panel["mean_scores"][place] == of_bin["mean_score"]
+            assert panel["positive_shares"][place] == of_bin["positive_share"]
+            assert panel["shares"][place] == pytest.approx(of_bin["num_scores"] / 200)
+
+
+def test_gap_curves_have_their_chosen_point_on_them(numbers: Any, store: Path) -> None:
+    gap, drawn_curves = report(store, "router")["gap"], numbers["gap_roc.png"]
+    assert drawn_curves["threshold"] == gap["threshold"]
+    for curve, side in zip(drawn_curves["curves"], ("calibration", "check"), strict=True):
+        assert (curve["caught"], curve["area"]) == (gap[side]["curve"]["caught"], gap[side]["curve"]["area"])
+        points = list(zip(curve["false_alarms"], curve["caught"], strict=True))
+        assert (curve["chosen_false_alarms"], curve["chosen_caught"]) in points
+
+
+def test_a_gap_that_is_not_calibrated_is_named_and_not_drawn(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", DOMAINS)
+    change(store, "router", lambda content: content["gap"].update(calibration=None, check=None))
+    assert missing_parts(read_store_reports(store)) == tuple(
+        f"gap.{side} in reports/router.json" for side in ("calibration", "check")
+    )
+    assert list(drawn_numbers(store)) == [file for file in FILES if file != "gap_roc.png"]
+
+
+def test_a_domain_without_outcomes_is_named_and_left_out(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", DOMAINS)
+    change(store, "discovery", lambda content: content["labels"].pop("code"))
+    assert missing_parts(read_store_reports(store)) == ("labels.code in reports/discovery.json",)
+    assert drawn_numbers(store)["discovered_domains.png"]["rows"] == ["chat", "math"]
+
+
 def test_a_store_of_one_domain_and_one_layer_is_drawn(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", ("chat",), num_layers=1, num_experts=1, num_directions=1)
     numbers = drawn_numbers(store)
@@ -208,7 +272,8 @@ def test_missing_reports_are_named_and_the_other_figures_drawn(tmp_path: Path) -
     (store / "reports" / "code.json").unlink()
     result = draw_figures(store, tmp_path / "figures")
     assert [path.name for path in result.written] == ["validation_curves.png", "expert_utilisation.png", "figures.json"]
-    assert result.missing == ("reports/code.json", "reports/forgetting.json", "reports/subspaces.json")
+    missing = ("code", "forgetting", "subspaces", "discovery", "router")
+    assert result.missing == tuple(f"reports/{name}.json" for name in missing)
     panels = json.loads(result.written[-1].read_text())["figures"]["validation_curves.png"]["panels"]
     assert [panel["domain"] for panel in panels] == ["chat", "math"]
 
@@ -302,6 +367,23 @@ def put(*path: Any, value: Any) -> Callable[[Any], None]:
             put("protected_share", "code", "0.o_proj", value=math.nan),
             "protected_share.code.0.o_proj is nan",
         ),
+        ("discovery", put("labels", "math", "shares", "chat", value=math.nan), "labels.math.shares.chat is nan"),
+        ("discovery", put("labels", "math", "shares", value={"chat": 1.0}), "labels.math.shares has ['chat']"),
+        ("discovery", put("labels", "math", "wins", "law", value=0), "labels.math.wins: 'law' is no combination"),
+        ("discovery", put("labels", "math", "prompts", value=51), "counts 50 prompts"),
+        (
+            "router",
+            put("routers", "labels", "calibration", "bins", 0, "mean_score", value=math.nan),
+            "routers.labels.calibration.bins.0.0 is nan",
+        ),
+        (
+            "router",
+            put("routers", "discovered", "calibration", "bins", 14, "mean_score", value=None),
+            "routers.discovered.calibration.bins.14 has 1 means",
+        ),
+        ("router", put("routers", "labels", "calibration", "bins", value=[]), "labels.calibration.bins has no score"),
+        ("router", put("gap", "check", "curve", "caught", 0, value=math.nan), "gap.check.curve.caught.0 is nan"),
+        ("router", put("gap", "calibration", "curve", "caught", value=[0.0]), "gap.calibration.curve has"),
     ],
 )
 def test_a_report_that_cannot_be_drawn_is_refused_by_name(

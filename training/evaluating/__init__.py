@@ -1,0 +1,1 @@
+"""Measures what a store's domains and its router are worth: held-out loss and benchmarks, mode by mode."""
