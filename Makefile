@@ -5,8 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.dev-installed
-# The tests start many short computations beside each other: waiting threads must not spin.
-TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
+# Two processes run the tests side by side, each file in one of them; waiting threads must not spin.
+TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
+TEST_WORKERS ?= 2
 
 .PHONY: serve test check fix bench compose-test clean
 
@@ -14,7 +15,7 @@ serve: $(INSTALLED)
 	$(BIN)/brainstacks serve $(ARGS)
 
 test: $(DEV_INSTALLED)
-	$(TEST_ENV) $(BIN)/pytest $(ARGS)
+	$(TEST_ENV) $(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 check: $(DEV_INSTALLED)
 	$(BIN)/ruff format --check .

@@ -121,7 +121,7 @@ def test_a_mistake_is_refused_by_name(text: str, named: str, tmp_path: Path) -> 
 
 def test_the_shipped_experiments_are_valid() -> None:
     found = {path.stem: read_experiment(path) for path in (ROOT / "recipes" / "experiments").glob("*.toml")}
-    assert found.keys() == {"table1", "boosting", "null_space", "rank_sweep"}
+    assert found.keys() == {"table1", "boosting", "null_space", "rank_sweep", "load_balance"}
     assert found["boosting"].domains == ("chat", "code", "math", "medical", "reasoning")
     tokens = {name: {_most_tokens(run) for run in experiment.runs} for name, experiment in found.items()}
     assert all(len(of_runs) == 1 for of_runs in tokens.values())  # variants see as many tokens
