@@ -144,7 +144,10 @@ def load_seconds(registry: Any, entry: Any, base: Any, *, cold: bool) -> float:
 
 
 def router_share(engine: Any, registry: Any, rounds: int) -> dict[str, float]:
-    """What routing a question takes, and its prefill after it; medians."""
+    """Medians of what routing a text of 256 tokens takes, of its pass through the base alone, and of its prefill.
+
+    `network_share` is the router's own part, beyond the base's pass, of the time to the first token.
+    """
     from engine.model.hidden import hidden_states
     from engine.types import SamplingParams
     from router.checkpoint import RouterCheckpoint
@@ -155,25 +158,38 @@ def router_share(engine: Any, registry: Any, rounds: int) -> dict[str, float]:
     path = registry.router_path()
     assert path is not None
     checkpoint = RouterCheckpoint.load(path, base_fingerprint=base.fingerprint)
-    router = Router.from_checkpoint(
-        checkpoint,
-        tokenizer=base.tokenizer,
-        hidden_states=lambda ids: hidden_states(base, ids, checkpoint.settings.mid_layer),
-    )
+    text_ids = base.tokenizer(QUESTION * 20, add_special_tokens=False)["input_ids"][: checkpoint.settings.max_tokens]
+    text = base.tokenizer.decode(text_ids)
+    passes: list[float] = []
+
+    def timed_pass(ids: Sequence[int]) -> Any:
+        started = time.perf_counter()
+        states = hidden_states(base, ids, checkpoint.settings.mid_layer)
+        passes.append(time.perf_counter() - started)
+        return states
+
+    router = Router.from_checkpoint(checkpoint, tokenizer=base.tokenizer, hidden_states=timed_pass)
     prompt = base.tokenizer.apply_chat_template(
-        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_dict=False
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
     )
     routing, prefill = [], []
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        engine.run_on_device(lambda: router.route(QUESTION)).result()
+        engine.run_on_device(lambda: router.route(text)).result()
         routing.append(time.perf_counter() - started)
         events = Client(engine).submit(prompt, SamplingParams(max_tokens=1, temperature=0.0))[1]
         finished = collect(events).finished
         assert finished is not None
         prefill.append(finished.seconds["prefill"])
-    route, first = statistics.median(routing[1:]), statistics.median(prefill[1:])
-    return {"route_seconds": route, "prefill_seconds": first, "router_share": route / (route + first)}
+    route, base_pass, first = (statistics.median(values[1:]) for values in (routing, passes, prefill))
+    return {
+        "text_tokens": len(text_ids),
+        "route_seconds": route,
+        "base_pass_seconds": base_pass,
+        "prefill_seconds": first,
+        "router_share": route / (route + first),
+        "network_share": (route - base_pass) / (route + first),
+    }
 
 
 def processor_name() -> str:
@@ -193,8 +209,10 @@ def print_table(result: dict[str, Any]) -> None:
     for name, value in result["load_seconds"].items():
         print(f"{name + ', seconds':44} {value['median']:8.3f} {value['min']:8.3f} {value['max']:8.3f}")
     first = result["time_to_first_token"]
-    print(f"route {first['route_seconds']:.3f} s, prefill {first['prefill_seconds']:.3f} s", end=", ")
-    print(f"router's share of the time to the first token {first['router_share']:.2f}")
+    print(f"a text of {first['text_tokens']} tokens: route {first['route_seconds']:.3f} s", end=", ")
+    print(f"of it the base's pass {first['base_pass_seconds']:.3f} s; prefill {first['prefill_seconds']:.3f} s")
+    print(f"of the time to the first token: routing {first['router_share']:.2f}", end=", ")
+    print(f"without the base's pass {first['network_share']:.3f}")
 
 
 if __name__ == "__main__":
