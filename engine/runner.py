@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.attention import AttentionStep, RowSpan, install_attention
 from engine.model.base import Base
+from engine.model.fused_decode import FusedDecoder, fused_decoder
 from engine.model.inject import inject
 from engine.model.moe_lora import ServingDeltas, ServingStack, StackPack
 from engine.scheduler import ScheduledRow
@@ -29,7 +30,7 @@ class StepOutput:
 class Runner:
     """The device's one user. Not thread-safe: the engine's thread calls it."""
 
-    def __init__(self, base: Base, *, num_kv_positions: int) -> None:
+    def __init__(self, base: Base, *, num_kv_positions: int, fused_decode: bool) -> None:
         self.base = base
         self._deltas = ServingDeltas()
         self._pack: StackPack | None = None
@@ -40,16 +41,41 @@ class Runner:
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (base.num_layers, config.num_key_value_heads, num_kv_positions, head_size)
         # Empty, not zeroed: on a CPU the system gives pages to positions that are used.
-        self._keys = torch.empty(shape, dtype=base.dtype, device=base.device).unbind(0)
-        self._values = torch.empty(shape, dtype=base.dtype, device=base.device).unbind(0)
+        keys = torch.empty(shape, dtype=base.dtype, device=base.device)
+        values = torch.empty(shape, dtype=base.dtype, device=base.device)
+        self._keys, self._values = keys.unbind(0), values.unbind(0)
+        self._fused = fused_decoder(base, keys, values) if fused_decode else None
 
     def run(self, rows: Rows[ScheduledRow], running: Rows[Sequence]) -> StepOutput:
-        """Passes the rows' tokens through the model. The pack covers the mixes of all running sequences."""
+        """Passes the rows' tokens through the model; the rows that decode, where there is a fused step, through it."""
+        if self._fused is None:
+            return self._run_modules(rows, running)
+        decoding = [row for row in rows if _is_decoding(row)]
+        others = [row for row in rows if not _is_decoding(row)]
+        if not others:
+            self.release_pack()
+            return self._run_fused(self._fused, decoding)
+        output = self._run_modules(others, [row.sequence for row in others])
+        return output if not decoding else _joined(self._run_fused(self._fused, decoding), output)
+
+    def _run_fused(self, fused: FusedDecoder, rows: Rows[ScheduledRow]) -> StepOutput:
+        sequences = [row.sequence for row in rows]
+        starts = [sequence.span.start for sequence in sequences if sequence.span is not None]
+        logits = fused.logits(
+            [sequence.token_ids[-1] for sequence in sequences],
+            starts,
+            [sequence.num_computed for sequence in sequences],
+            [_stack_weights(sequence) for sequence in sequences],
+        )
+        return StepOutput(sequences, logits, {})
+
+    def _run_modules(self, rows: Rows[ScheduledRow], packed: Rows[Sequence]) -> StepOutput:
+        """By transformers' own modules. The pack covers the mixes of the `packed` sequences."""
         with torch.inference_mode():
             spans = _row_spans(rows)
             ids, positions, places = self._inputs(rows, spans)
             step = AttentionStep(self._keys, self._values, places, spans)
-            self._bind_mix(rows, running)
+            self._bind_mix(rows, packed)
             hidden = self.base.decoder(
                 input_ids=ids, position_ids=positions, use_cache=False, attention_step=step
             ).last_hidden_state[0]  # (T, H)
@@ -81,9 +107,9 @@ class Runner:
         stacked = torch.tensor([ids, positions, places], device=self.base.device)
         return stacked[0:1], stacked[1:2], stacked[2]
 
-    def _bind_mix(self, rows: Rows[ScheduledRow], running: Rows[Sequence]) -> None:
+    def _bind_mix(self, rows: Rows[ScheduledRow], packed: Rows[Sequence]) -> None:
         """Points the deltas at this step's stacks and weights; at none if no row of the step has a mix."""
-        in_use = {stack: None for sequence in running for domain, _ in sequence.request.mix for stack in domain.stacks}
+        in_use = {stack: None for sequence in packed for domain, _ in sequence.request.mix for stack in domain.stacks}
         stacks = tuple(in_use)
         if set(stacks) != set(self._packed):
             # Also when only some of them left: a pack must not keep an evicted domain's memory. And before the next
@@ -97,9 +123,8 @@ class Runner:
         column = {stack: index for index, stack in enumerate(self._packed)}
         weights = torch.zeros(len(rows), len(stacks))
         for index, row in enumerate(rows):
-            for domain, weight in row.sequence.request.mix:
-                for stack in domain.stacks:
-                    weights[index, column[stack]] += weight
+            for stack, weight in _stack_weights(row.sequence).items():
+                weights[index, column[stack]] = weight
         counts = torch.tensor([row.num_tokens for row in rows])
         self._deltas.current = self._pack.step(weights.repeat_interleave(counts, dim=0))
 
@@ -123,3 +148,26 @@ def _row_spans(rows: Rows[ScheduledRow]) -> list[RowSpan]:
         spans.append(RowSpan(first_token, row.num_tokens, row.sequence.span.start, row.sequence.num_computed))
         first_token += row.num_tokens
     return spans
+
+
+def _is_decoding(row: ScheduledRow) -> bool:
+    """Whether all that the row needs is its next token."""
+    wants_prompt = row.sequence.request.sampling.prompt_logprobs is not None and row.sequence.num_output == 0
+    return row.num_tokens == 1 and row.is_sampled and not wants_prompt
+
+
+def _stack_weights(sequence: Sequence) -> dict[ServingStack, float]:
+    """What each stack weighs in the sequence's mix: all rounds of a domain as much as the domain."""
+    weights: dict[ServingStack, float] = {}
+    for domain, weight in sequence.request.mix:
+        for stack in domain.stacks:
+            weights[stack] = weights.get(stack, 0.0) + weight
+    return weights
+
+
+def _joined(first: StepOutput, second: StepOutput) -> StepOutput:
+    return StepOutput(
+        first.sampled + second.sampled,
+        torch.cat([first.sampled_logits, second.sampled_logits]),
+        first.prompt_hidden | second.prompt_hidden,
+    )

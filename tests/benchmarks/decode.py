@@ -49,7 +49,7 @@ def measure(rounds: int, tokens: int) -> dict[str, Any]:
     from engine.slots import load_domain
     from stack_store.registry import StackRegistry
 
-    peer = load_base()
+    peer = load_base(base_format="nf4")
     base = load_base()
     registry = StackRegistry.open(DEMO_STORE, base_fingerprint=base.fingerprint, geometry=base.geometry)
     entries = registry.manifest.domains

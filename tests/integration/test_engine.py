@@ -32,10 +32,10 @@ def greedy(num_tokens: int = 12, **options: object) -> SamplingParams:
 
 
 @contextmanager
-def running_engine(folder: Path, **options: int) -> Iterator[Client]:
+def running_engine(folder: Path, *, fused_decode: bool = True, **options: int) -> Iterator[Client]:
     base = load_base(str(folder), base_format="dense", dtype="float32")
     settings = {"max_batch_rows": 4, "max_model_len": 128, "kv_cache_tokens": 512, **options}
-    engine = Engine(base, **settings)
+    engine = Engine(base, fused_decode=fused_decode, **settings)
     engine.start()
     try:
         yield Client(engine)
@@ -62,13 +62,14 @@ MIXES: list[dict[int, float]] = [{}, {0: 1.0}, {1: 0.7, 2: 0.3}, {0: 0.2, 1: 0.9
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 17, 40, 1)]
 
 
+@pytest.mark.parametrize("fused_decode", [True, False], ids=["fused", "modules"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_mixed_batch_equals_each_request_computed_the_plain_way(
-    architecture: str, tiny_base_folder: Callable[[str], Path]
+    architecture: str, fused_decode: bool, tiny_base_folder: Callable[[str], Path]
 ) -> None:
     folder = tiny_base_folder(architecture)
     reference = ReferenceModel(folder)
-    with running_engine(folder, max_step_tokens=16) as client:  # prompts arrive in chunks
+    with running_engine(folder, fused_decode=fused_decode, max_step_tokens=16) as client:  # prompts arrive in chunks
         domains, slow = domains_of(client)
         events = [
             client.submit(prompt, greedy(), [(domains[i], w) for i, w in mix.items()])[1]

@@ -1,0 +1,194 @@
+"""The fused decode step against transformers' own forward with slowly added stacks, token by token."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.model.base import Base, load_base
+from engine.model.fused_decode import FusedDecoder, fused_decoder
+from engine.model.moe_lora import MoeLoraConfig, ServingStack
+from stack_store.format import ProjectionTensors
+from tests.reference import ReferenceModel
+from tests.stacks import Projections, random_projections, to_serving
+
+CONFIGS = [MoeLoraConfig(4, 4, 2, 4.0), MoeLoraConfig(2, 8, 1, 2.0), MoeLoraConfig(3, 2, 3, 4.0)]
+SPAN = 32
+Folder = Callable[[str], Path]
+
+
+def load(folder: Path, dtype: Any = "float32") -> Base:
+    return load_base(str(folder), base_format="dense", dtype=dtype)
+
+
+def decoder_of(base: Base, rows: int, *, threads: int = 1) -> FusedDecoder:
+    """A fused decoder whose cache has a span for each of the rows."""
+    config = base.text_config
+    shape = (base.num_layers, config.num_key_value_heads, rows * SPAN, config.head_dim)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        decoder = fused_decoder(base, torch.zeros(shape, dtype=base.dtype), torch.zeros(shape, dtype=base.dtype))
+    finally:
+        torch.set_num_threads(before)
+    assert decoder is not None
+    return decoder
+
+
+def decoded(decoder: FusedDecoder, texts: list[list[int]], mixes: list[dict[ServingStack, float]]) -> list[Tensor]:
+    """The logits behind every token of every row: (T, V) each. The rows run side by side, each as long as it has
+    tokens."""
+    logits: list[list[Tensor]] = [[] for _ in texts]
+    for past in range(max(map(len, texts))):
+        rows = [row for row, text in enumerate(texts) if past < len(text)]
+        out = decoder.logits(
+            [texts[row][past] for row in rows],
+            [row * SPAN for row in rows],
+            [past for _ in rows],
+            [mixes[row] for row in rows],
+        )
+        for row, values in zip(rows, out, strict=True):
+            logits[row].append(values)
+    return [torch.stack(values) for values in logits]
+
+
+def drawn_stacks(base: Base) -> tuple[list[ServingStack], list[tuple[MoeLoraConfig, Projections]]]:
+    drawn = [(config, random_projections(base.geometry, config, seed=i)) for i, config in enumerate(CONFIGS)]
+    return [to_serving(base.geometry, config, p, dtype=base.dtype) for config, p in drawn], drawn
+
+
+TEXTS = [[5, 9, 200, 31, 7, 90, 11, 12, 13, 14, 15, 16], [80, 81, 82], [3], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49]]
+MIXES: list[dict[int, float]] = [{0: 1.0}, {}, {1: 0.7, 2: 0.3}, {0: 0.2, 1: 0.9, 2: 1.0}]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen2", "qwen3", "mistral"])
+def test_every_row_has_the_logits_of_the_plain_forward(
+    architecture: str, threads: int, tiny_base_folder: Folder
+) -> None:
+    base = load(tiny_base_folder(architecture))
+    reference = ReferenceModel(tiny_base_folder(architecture))
+    stacks, drawn = drawn_stacks(base)
+    # More rows than share one reading of a weight.
+    texts, mixes = TEXTS * 3, MIXES * 3
+    got = decoded(
+        decoder_of(base, len(texts), threads=threads), texts, [{stacks[i]: w for i, w in mix.items()} for mix in mixes]
+    )
+    for text, mix, logits in zip(texts, mixes, got, strict=True):
+        expected = reference.logits(text, [(*drawn[i], weight) for i, weight in mix.items()])
+        torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_large_score_and_a_small_one_share_a_softmax(tiny_base_folder: Folder) -> None:
+    """Scores far apart overflow where the largest is not subtracted."""
+    folder = tiny_base_folder("llama")
+    reference = ReferenceModel(folder)
+    base = load(folder)
+    for model in (base.model, reference.base.model):
+        for layer in model.get_decoder().layers:  # type: ignore[operator]
+            layer.self_attn.q_proj.weight.data *= 300
+    [got] = decoded(decoder_of(base, 1), [TEXTS[0]], [{}])
+    torch.testing.assert_close(got, reference.logits(TEXTS[0], []), atol=2e-3, rtol=1e-3)
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def test_bfloat16_is_closer_to_float32_than_the_modules(tiny_base_folder: Folder) -> None:
+    folder = tiny_base_folder("gemma3")
+    half, full = load(folder, "bfloat16"), load(folder)
+    for target, source in zip(full.model.parameters(), half.model.parameters(), strict=True):
+        target.data.copy_(source.data)
+    got = decoded(decoder_of(half, 4), TEXTS, [{}, {}, {}, {}])
+    for text, logits in zip(TEXTS, got, strict=True):
+        with torch.no_grad():
+            exact, modules = (base.model(torch.tensor([text])).logits[0].float() for base in (full, half))
+        assert distance(logits, exact) < 0.5 * distance(modules, exact)
+
+
+def test_stacks_in_bfloat16(tiny_base_folder: Folder) -> None:
+    folder = tiny_base_folder("llama")
+    half, full = load(folder, "bfloat16"), load(folder)
+    for target, source in zip(full.model.parameters(), half.model.parameters(), strict=True):
+        target.data.copy_(source.data)
+    # All experts of this one are active: a choice between two that are nearly as likely may fall otherwise.
+    config = CONFIGS[2]
+    projections = random_projections(half.geometry, config, seed=2)
+    stack = to_serving(half.geometry, config, projections, dtype=half.dtype)
+    same = to_serving(full.geometry, config, projections)
+    same.memory.copy_(stack.memory)
+    weights = (1.0, 0.0, 0.5, 2.0)
+    exact = decoded(decoder_of(full, 4), TEXTS, [{same: weight} for weight in weights])
+    rounded = decoded(decoder_of(half, 4), TEXTS, [{stack: weight} for weight in weights])
+    without = decoded(decoder_of(full, 4), TEXTS, [{}, {}, {}, {}])
+    for logits, expected, base_only, weight in zip(rounded, exact, without, weights, strict=True):
+        assert distance(logits, expected) < 0.03
+        assert weight == 0.0 or distance(base_only, expected) > 0.1  # the stack does change something
+
+
+def test_a_broken_stack_reaches_only_the_rows_that_use_it(tiny_base_folder: Folder) -> None:
+    base = load(tiny_base_folder("llama"))
+    config = CONFIGS[0]
+    broken = {
+        key: ProjectionTensors(a=tensors.a * torch.inf, b=tensors.b, gate=tensors.gate * torch.nan)
+        for key, tensors in random_projections(base.geometry, config, seed=1).items()
+    }
+    stack = to_serving(base.geometry, config, broken)
+    decoder = decoder_of(base, 2)
+    beside, spoilt = decoded(decoder, [TEXTS[0], TEXTS[0]], [{}, {stack: 1.0}])
+    [alone] = decoded(decoder, [TEXTS[0]], [{}])
+    assert spoilt.isnan().all()
+    torch.testing.assert_close(beside, alone, atol=1e-5, rtol=0.0)
+
+
+def test_a_stack_at_weight_zero_is_not_computed(tiny_base_folder: Folder) -> None:
+    base = load(tiny_base_folder("llama"))
+    config = CONFIGS[0]
+    infinite = {
+        key: replace(tensors, b=tensors.b * torch.inf)
+        for key, tensors in random_projections(base.geometry, config, seed=1).items()
+    }
+    stack = to_serving(base.geometry, config, infinite)
+    decoder = decoder_of(base, 1)
+    [with_it], [without] = decoded(decoder, [TEXTS[1]], [{stack: 0.0}]), decoded(decoder, [TEXTS[1]], [{}])
+    assert torch.equal(with_it, without)
+
+
+def test_equal_logits_choose_the_first_experts_and_no_expert_twice(tiny_base_folder: Folder) -> None:
+    base = load(tiny_base_folder("llama"))
+    config = MoeLoraConfig(4, 4, 2, 4.0)
+    drawn = random_projections(base.geometry, config, seed=3)
+    tied = {key: replace(tensors, gate=torch.zeros_like(tensors.gate)) for key, tensors in drawn.items()}
+    first_two = {
+        key: ProjectionTensors(a=tensors.a[:2], b=tensors.b[:2], gate=torch.zeros_like(tensors.gate[:2]))
+        for key, tensors in drawn.items()
+    }
+    pair = MoeLoraConfig(2, 4, 2, 4.0)
+    decoder = decoder_of(base, 1)
+    [got] = decoded(decoder, [TEXTS[0]], [{to_serving(base.geometry, config, tied): 1.0}])
+    [expected] = decoded(decoder, [TEXTS[0]], [{to_serving(base.geometry, pair, first_two): 1.0}])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0.0)
+
+
+def test_weights_are_held_once(tiny_base_folder: Folder) -> None:
+    base = load(tiny_base_folder("llama"))
+    before = {site.path: site.module.weight.clone() for site in base.sites}  # type: ignore[operator]
+    decoder_of(base, 1)
+    memory: Any = base.sites[0].module.weight
+    for site in base.sites[:3]:  # q, k and v of the first layer
+        weight: Any = site.module.weight
+        assert torch.equal(weight, before[site.path])
+        assert weight.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("reason", ["packed", "float16"])
+def test_no_fused_decoder_where_it_would_not_be_exact(reason: str, tiny_base_folder: Folder) -> None:
+    folder = str(tiny_base_folder("llama"))
+    base = load_base(folder, base_format="nf4") if reason == "packed" else load_base(folder, dtype="float16")
+    cache = torch.zeros(3, 2, SPAN, 16, dtype=base.dtype)
+    assert fused_decoder(base, cache, cache.clone()) is None
