@@ -88,9 +88,9 @@ class Engine:
         max_model_len: int,
         kv_cache_tokens: int,
         max_step_tokens: int = 512,
-        fused_decode: bool = True,
+        fused_step: bool = True,
     ) -> None:
-        """`fused_decode` allows the fused step where there is one for the base and the device."""
+        """`fused_step` allows the fused step where there is one for the base and the device."""
         if max_model_len > base.max_positions:
             raise ValueError(f"max_model_len {max_model_len} is more than the base's {base.max_positions} positions")
         if kv_cache_tokens < max_model_len:
@@ -99,7 +99,7 @@ class Engine:
             raise ValueError(f"max_step_tokens {max_step_tokens} must be more than max_batch_rows {max_batch_rows}")
         self.base = base
         self.max_model_len = max_model_len
-        self._runner = Runner(base, num_kv_positions=kv_cache_tokens, fused_decode=fused_decode)
+        self._runner = Runner(base, num_kv_positions=kv_cache_tokens, fused_step=fused_step)
         self._scheduler = Scheduler(KvCache(kv_cache_tokens), max_rows=max_batch_rows, max_step_tokens=max_step_tokens)
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._sequences: dict[str, Sequence] = {}

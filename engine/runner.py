@@ -11,11 +11,13 @@ from torch import Tensor
 
 from engine.attention import AttentionStep, RowSpan, install_attention
 from engine.model.base import Base
-from engine.model.fused_decode import FusedDecoder, fused_decoder
+from engine.model.fused_step import FusedRow, FusedStep, make_fused_step
 from engine.model.inject import inject
 from engine.model.moe_lora import ServingDeltas, ServingStack, StackPack
 from engine.scheduler import ScheduledRow
 from engine.sequence import Sequence
+
+FUSED_TOKENS = 32  # from here on, large products by the modules are faster than the fused step
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class StepOutput:
 class Runner:
     """The device's one user. Not thread-safe: the engine's thread calls it."""
 
-    def __init__(self, base: Base, *, num_kv_positions: int, fused_decode: bool) -> None:
+    def __init__(self, base: Base, *, num_kv_positions: int, fused_step: bool) -> None:
         self.base = base
         self._deltas = ServingDeltas()
         self._pack: StackPack | None = None
@@ -44,30 +46,22 @@ class Runner:
         keys = torch.empty(shape, dtype=base.dtype, device=base.device)
         values = torch.empty(shape, dtype=base.dtype, device=base.device)
         self._keys, self._values = keys.unbind(0), values.unbind(0)
-        self._fused = fused_decoder(base, keys, values) if fused_decode else None
+        self._fused = make_fused_step(base, keys, values) if fused_step else None
 
     def run(self, rows: Rows[ScheduledRow], running: Rows[Sequence]) -> StepOutput:
-        """Passes the rows' tokens through the model; the rows that decode, where there is a fused step, through it."""
+        """Passes the rows' tokens through the model; where there is a fused step, those that it is faster for."""
         if self._fused is None:
             return self._run_modules(rows, running)
-        decoding = [row for row in rows if _is_decoding(row)]
-        others = [row for row in rows if not _is_decoding(row)]
+        fused, others = _shared_out(rows)
         if not others:
             self.release_pack()
-            return self._run_fused(self._fused, decoding)
+            return self._run_fused(self._fused, fused)
         output = self._run_modules(others, [row.sequence for row in others])
-        return output if not decoding else _joined(self._run_fused(self._fused, decoding), output)
+        return output if not fused else _joined(self._run_fused(self._fused, fused), output)
 
-    def _run_fused(self, fused: FusedDecoder, rows: Rows[ScheduledRow]) -> StepOutput:
-        sequences = [row.sequence for row in rows]
-        starts = [sequence.span.start for sequence in sequences if sequence.span is not None]
-        logits = fused.logits(
-            [sequence.token_ids[-1] for sequence in sequences],
-            starts,
-            [sequence.num_computed for sequence in sequences],
-            [_stack_weights(sequence) for sequence in sequences],
-        )
-        return StepOutput(sequences, logits, {})
+    def _run_fused(self, fused: FusedStep, rows: Rows[ScheduledRow]) -> StepOutput:
+        logits = fused.logits([_fused_row(row) for row in rows])
+        return StepOutput([row.sequence for row in rows if row.is_sampled], logits, {})
 
     def _run_modules(self, rows: Rows[ScheduledRow], packed: Rows[Sequence]) -> StepOutput:
         """By transformers' own modules. The pack covers the mixes of the `packed` sequences."""
@@ -150,10 +144,32 @@ def _row_spans(rows: Rows[ScheduledRow]) -> list[RowSpan]:
     return spans
 
 
-def _is_decoding(row: ScheduledRow) -> bool:
-    """Whether all that the row needs is its next token."""
-    wants_prompt = row.sequence.request.sampling.prompt_logprobs is not None and row.sequence.num_output == 0
-    return row.num_tokens == 1 and row.is_sampled and not wants_prompt
+def _shared_out(rows: Rows[ScheduledRow]) -> tuple[list[ScheduledRow], list[ScheduledRow]]:
+    """The rows of the fused step, and those of the modules: prompts that are long or whose hidden states are wanted."""
+    fused = [row for row in rows if row.num_tokens == 1 and not _wants_hidden(row)]
+    room = FUSED_TOKENS - len(fused)
+    others = []
+    for row in rows:
+        if row.num_tokens == 1 and not _wants_hidden(row):
+            continue
+        if row.num_tokens <= room and not _wants_hidden(row):
+            fused.append(row)
+            room -= row.num_tokens
+        else:
+            others.append(row)
+    return fused, others
+
+
+def _wants_hidden(row: ScheduledRow) -> bool:
+    return row.sequence.request.sampling.prompt_logprobs is not None and row.sequence.num_output == 0
+
+
+def _fused_row(row: ScheduledRow) -> FusedRow:
+    sequence = row.sequence
+    assert sequence.span is not None
+    past = sequence.num_computed
+    ids = sequence.token_ids[past : past + row.num_tokens]
+    return FusedRow(ids, sequence.span.start, past, _stack_weights(sequence), row.is_sampled)
 
 
 def _stack_weights(sequence: Sequence) -> dict[ServingStack, float]:

@@ -1,15 +1,16 @@
-"""One decode step of a whole decoder, with the stacks of every row, in one compiled function for CPUs.
+"""One step of a whole decoder for a few tokens, each with its own stacks, in one compiled function for CPUs.
 
 Most of a decode step on a CPU is not arithmetic: it is a few thousand small operations. Here they are one call. The
 mathematics is that of transformers' Llama, Mistral, Qwen 2, Qwen 3 and Gemma 3 layers and of `moe_lora.py`;
-activations and sums are float32, weights and cache are as they are stored. Every row is computed by itself, so that it
-depends on its own tokens and stacks only, and a row without stacks costs what the base costs.
+activations and sums are float32, weights and cache are as they are stored. Every token is computed by itself, so that
+it depends on its own sequence and stacks only, and a token without stacks costs what the base costs.
 
 All compiled code is in this one file: numba keeps it on disk and notices a change of the outermost function's file
 only.
 
-Letters: T rows (one token each), L layers, H hidden size, M MLP size, Hq and Hk query and key heads, D head size,
-N cache positions, V vocabulary, J pairs (a row and one of its stacks), E experts, R rank, K active experts.
+Letters: T tokens, Q sequences, W tokens whose logits are wanted, L layers, H hidden size, M MLP size, Hq and Hk query
+and key heads, D head size, N cache positions, V vocabulary, J pairs (a token and one of its stacks), E experts, R rank,
+K active experts.
 """
 
 from typing import Any
@@ -23,13 +24,13 @@ from numba.extending import intrinsic, overload
 # Sums may be reordered, which is what vectorising them takes. NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 
-ROWS_AT_ONCE = 8  # rows that share one reading of a weight
+BLOCKED_TOKENS = 8  # from here on, four rows of weights at a time are faster than one
 LANES = 16  # columns are handed out to threads in multiples of this
 SPINS = 10_000  # of a thread that waits for another, before it lets others have its core
 MEETING_YIELDS = 1_000_000  # about a second
 
-# Columns of `stack_shapes`.
-ADDRESS, EXPERTS, RANK, TOP_K = range(4)
+EXPERTS, RANK, TOP_K = range(3)  # columns of the stacks' shapes
+MID, CHOSEN = 6, 7  # of the buffers that the threads share
 
 
 def widened(value: Any) -> Any:  # pragma: no cover - compiled
@@ -152,39 +153,86 @@ def _dot(weights: Any, x: Any) -> Any:
 
 
 @njit(fastmath=FAST, cache=True)
-def _product(weights: Any, x: Any, column: int, out: Any) -> None:
-    """out[:, column] = x weights: (I,), (T, I) -> (T,). A weight is read once for eight rows."""
-    rows, size = x.shape
-    t = 0
-    while t + ROWS_AT_ONCE <= rows:
-        x0, x1, x2, x3 = x[t], x[t + 1], x[t + 2], x[t + 3]
-        x4, x5, x6, x7 = x[t + 4], x[t + 5], x[t + 6], x[t + 7]
-        s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = np.float32(0.0)
-        for i in range(size):
-            w = widened(weights[i])
-            s0 += w * x0[i]
-            s1 += w * x1[i]
-            s2 += w * x2[i]
-            s3 += w * x3[i]
-            s4 += w * x4[i]
-            s5 += w * x5[i]
-            s6 += w * x6[i]
-            s7 += w * x7[i]
-        out[t, column], out[t + 1, column], out[t + 2, column], out[t + 3, column] = s0, s1, s2, s3
-        out[t + 4, column], out[t + 5, column], out[t + 6, column], out[t + 7, column] = s4, s5, s6, s7
-        t += ROWS_AT_ONCE
-    while t + 2 <= rows:
-        x0, x1 = x[t], x[t + 1]
-        s0 = s1 = np.float32(0.0)
-        for i in range(size):
-            w = widened(weights[i])
-            s0 += w * x0[i]
-            s1 += w * x1[i]
-        out[t, column], out[t + 1, column] = s0, s1
-        t += 2
-    while t < rows:
-        out[t, column] = _dot(weights, x[t])
-        t += 1
+def _two_dots(weights: Any, x0: Any, x1: Any) -> Any:
+    """Two tokens times one row of weights, which is read once."""
+    s0 = s1 = np.float32(0.0)
+    for i in range(x0.size):
+        w = widened(weights[i])
+        s0 += w * x0[i]
+        s1 += w * x1[i]
+    return s0, s1
+
+
+@njit(fastmath=FAST, cache=True)
+def _four_dots(w0: Any, w1: Any, w2: Any, w3: Any, x: Any) -> Any:
+    """x (I,) times four rows of weights, which share one reading of x."""
+    s0 = s1 = s2 = s3 = np.float32(0.0)
+    for i in range(x.size):
+        v = x[i]
+        s0 += widened(w0[i]) * v
+        s1 += widened(w1[i]) * v
+        s2 += widened(w2[i]) * v
+        s3 += widened(w3[i]) * v
+    return s0, s1, s2, s3
+
+
+@njit(fastmath=FAST, cache=True)
+def _sixteen_dots(w0: Any, w1: Any, w2: Any, w3: Any, x: Any, out: Any) -> None:
+    """out (4, 4) = x (4, I) times four rows of weights: sixteen sums stay in registers, for eight readings."""
+    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0.0)
+    c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = np.float32(0.0)
+    for i in range(x0.size):
+        v0, v1, v2, v3 = widened(w0[i]), widened(w1[i]), widened(w2[i]), widened(w3[i])
+        y0, y1, y2, y3 = x0[i], x1[i], x2[i], x3[i]
+        a0 += v0 * y0
+        a1 += v1 * y0
+        a2 += v2 * y0
+        a3 += v3 * y0
+        b0 += v0 * y1
+        b1 += v1 * y1
+        b2 += v2 * y1
+        b3 += v3 * y1
+        c0 += v0 * y2
+        c1 += v1 * y2
+        c2 += v2 * y2
+        c3 += v3 * y2
+        d0 += v0 * y3
+        d1 += v1 * y3
+        d2 += v2 * y3
+        d3 += v3 * y3
+    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = a0, a1, a2, a3
+    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = b0, b1, b2, b3
+    out[2, 0], out[2, 1], out[2, 2], out[2, 3] = c0, c1, c2, c3
+    out[3, 0], out[3, 1], out[3, 2], out[3, 3] = d0, d1, d2, d3
+
+
+@njit(fastmath=FAST, cache=True)
+def _product(weights: Any, first: int, last: int, x: Any, out: Any) -> None:
+    """out[:, first:last] = x times rows `first` to `last` of the weights (O, I); x (T, I)."""
+    tokens = x.shape[0]
+    column = first
+    if tokens >= BLOCKED_TOKENS:
+        while column + 4 <= last:
+            w0, w1, w2, w3 = weights[column], weights[column + 1], weights[column + 2], weights[column + 3]
+            t = 0
+            while t + 4 <= tokens:
+                _sixteen_dots(w0, w1, w2, w3, x[t : t + 4], out[t : t + 4, column : column + 4])
+                t += 4
+            while t < tokens:
+                o = out[t]
+                o[column], o[column + 1], o[column + 2], o[column + 3] = _four_dots(w0, w1, w2, w3, x[t])
+                t += 1
+            column += 4
+    while column < last:  # one row of weights after the other, as they lie in memory
+        row = weights[column]
+        t = 0
+        while t + 2 <= tokens:
+            out[t, column], out[t + 1, column] = _two_dots(row, x[t], x[t + 1])
+            t += 2
+        if t < tokens:
+            out[t, column] = _dot(row, x[t])
+        column += 1
 
 
 @njit(fastmath=FAST, cache=True)
@@ -290,99 +338,127 @@ def _attended(
                 output[i] += share * widened(value[i])
 
 
-@njit(cache=True)
-def _group_offset(shape: Any, layer: int, group: int, stacks: Any) -> int:
-    """Where a group begins in a stack's memory, in numbers: the order in which `serving_stack` lays them out."""
-    _, _, _, _, _, inputs, outputs, members, _ = stacks
-    experts, rank = shape[EXPERTS], shape[RANK]
-    per_layer = 0
-    before = 0
-    for g in range(inputs.size):
-        if g == group:
-            before = per_layer
-        per_layer += members[g] * (experts * rank + experts) * inputs[g] + experts * rank * outputs[g]
-    return layer * per_layer + before
-
-
 @njit(fastmath=FAST, cache=True)
-def _expert_rows(
-    x: Any, pair: int, layer: int, group: int, member: int, place: int, stacks: Any, like: Any, mid: Any
-) -> int:
-    """A's rows of the `place`-th likeliest expert of one projection, times gate and scale: x (I,) -> mid (R,).
+def _expert_products(
+    x: Any,
+    pair: int,
+    layer: int,
+    group: int,
+    member: int,
+    places: Any,
+    stacks: Any,
+    like: Any,
+    scratch: Any,
+    shared: Any,
+) -> None:
+    """The gate of one projection and the A products of some of its chosen experts, times gate and scale.
 
-    Returns the expert. Of experts with the same logit the first is the likelier one.
+    x (I,). `places` are the first and the last (exclusive) of the chosen experts, the likeliest first; of experts with
+    the same logit the first is the likelier one. Writes the experts, and their products (R,) each.
     """
-    _, pair_stack, _, pair_weight, shapes, inputs, _, members, _ = stacks
-    shape = shapes[pair_stack[pair]]
-    experts, rank, top_k, size = shape[EXPERTS], shape[RANK], shape[TOP_K], inputs[group]
+    _, pair_stack, _, pair_weight, shapes, addresses, _, _ = stacks
+    mid, chosen = shared[MID], shared[CHOSEN]
+    logits, likeliest = scratch
+    stack = pair_stack[pair]
+    experts, rank, top_k, size = shapes[stack, EXPERTS], shapes[stack, RANK], shapes[stack, TOP_K], x.size
     rows = experts * rank + experts
-    offset = _group_offset(shape, layer, group, stacks)
-    weights = memory_at(shape[ADDRESS], offset + members[group] * rows * size, like)[offset:]
-    first = member * rows
-    logits = np.empty(experts, np.float32)
+    address = addresses[stack, layer, group, 0] + member * rows * size * like.itemsize
+    weights = memory_at(address, rows * size, like)
     for e in range(experts):
-        row = (first + experts * rank + e) * size
-        logits[e] = _dot(weights[row : row + size], x)
-    likeliest = np.empty(top_k, np.int64)
-    taken = np.zeros(experts, np.bool_)
+        at = (experts * rank + e) * size
+        logits[e] = _dot(weights[at : at + size], x)
     for k in range(top_k):
         best = -1
         for e in range(experts):
-            if not taken[e] and (best < 0 or logits[e] > logits[best]):
+            is_taken = False
+            for before in range(k):
+                is_taken |= likeliest[before] == e
+            if not is_taken and (best < 0 or logits[e] > logits[best]):
                 best = e
         likeliest[k] = best
-        taken[best] = True
     total = np.float32(0.0)
     for k in range(top_k):
         total += np.exp(logits[likeliest[k]] - logits[likeliest[0]])
-    expert = likeliest[place]
-    factor = pair_weight[pair] * np.exp(logits[expert] - logits[likeliest[0]]) / total
-    for r in range(rank):
-        row = (first + expert * rank + r) * size
-        mid[r] = factor * _dot(weights[row : row + size], x)
-    return expert
+    for place in range(places[0], min(places[1], top_k)):
+        expert = likeliest[place]
+        factor = pair_weight[pair] * np.exp(logits[expert] - logits[likeliest[0]]) / total
+        products = mid[pair, member, place]
+        at = expert * rank * size
+        r = 0
+        while r + 4 <= rank:
+            m0, m1, m2, m3 = _four_dots(
+                weights[at : at + size],
+                weights[at + size : at + 2 * size],
+                weights[at + 2 * size : at + 3 * size],
+                weights[at + 3 * size : at + 4 * size],
+                x,
+            )
+            products[r], products[r + 1] = factor * m0, factor * m1
+            products[r + 2], products[r + 3] = factor * m2, factor * m3
+            r += 4
+            at += 4 * size
+        while r < rank:
+            products[r] = factor * _dot(weights[at : at + size], x)
+            r += 1
+            at += size
+        chosen[pair, member, place] = expert
 
 
 @njit(fastmath=FAST, cache=True)
 def _choose_experts(
-    thread: int, threads: int, layer: int, group: int, x: Any, stacks: Any, like: Any, mid: Any, chosen: Any
+    thread: int, threads: int, layer: int, group: int, x: Any, stacks: Any, like: Any, scratch: Any, shared: Any
 ) -> None:
-    """A thread's part of the gates and A products of one input group: every pair's chosen experts."""
-    _, pair_stack, pair_row, _, shapes, _, _, members, _ = stacks
-    max_top_k, num_members = mid.shape[2], members[group]
-    for item in range(thread, pair_stack.size * num_members * max_top_k, threads):
-        j, member, place = item // (num_members * max_top_k), item // max_top_k % num_members, item % max_top_k
-        if place < shapes[pair_stack[j], TOP_K]:
-            chosen[j, member, place] = _expert_rows(
-                x[pair_row[j]], j, layer, group, member, place, stacks, like, mid[j, member, place]
-            )
+    """A thread's part of the gates and A products of one input group, x (T, I)."""
+    _, pair_stack, pair_token, _, _, _, members, _ = stacks
+    max_top_k, num_members = shared[MID].shape[2], members[group]
+    num_items = pair_stack.size * num_members
+    # A gate is computed once for all chosen experts, unless there are too few of them to go round.
+    parts = max_top_k if num_items < 2 * threads else 1
+    for item in range(thread, num_items * parts, threads):
+        pair, member, part = item // (num_members * parts), item // parts % num_members, item % parts
+        places = (part, part + 1) if parts > 1 else (0, max_top_k)
+        _expert_products(x[pair_token[pair]], pair, layer, group, member, places, stacks, like, scratch, shared)
 
 
 @njit(fastmath=FAST, cache=True)
 def _add_deltas(
-    out: Any, first: int, layer: int, group: int, member: int, stacks: Any, like: Any, mid: Any, chosen: Any
+    out: Any, at: int, first: int, last: int, layer: int, group: int, member: int, stacks: Any, like: Any, shared: Any
 ) -> None:
-    """out (T, C) += mid B: C columns of one projection from `first` on, over the chosen experts' rows only."""
-    pair_start, pair_stack, _, _, shapes, inputs, _, members, member_outputs = stacks
-    rows, columns = out.shape
-    width = member_outputs[group, member]
-    for t in range(rows):
-        row = out[t]
-        for j in range(pair_start[t], pair_start[t + 1]):
-            shape = shapes[pair_stack[j]]
-            experts, rank, top_k = shape[EXPERTS], shape[RANK], shape[TOP_K]
-            offset = _group_offset(shape, layer, group, stacks)
-            offset += members[group] * (experts * rank + experts) * inputs[group]
-            for before in range(member):
-                offset += experts * rank * member_outputs[group, before]
-            weights = memory_at(shape[ADDRESS], offset + experts * rank * width, like)[offset:]
+    """out (T, O) += mid B for the columns `first` to `last` of one projection, which begins at column `at`.
+
+    Only the chosen experts' rows of B are read.
+    """
+    pair_start, pair_stack, _, _, shapes, addresses, _, member_outputs = stacks
+    mid, chosen = shared[MID], shared[CHOSEN]
+    width, columns = member_outputs[group, member], last - first
+    for t in range(out.shape[0]):
+        row = out[t, at + first : at + last]
+        for pair in range(pair_start[t], pair_start[t + 1]):
+            stack = pair_stack[pair]
+            experts, rank, top_k = shapes[stack, EXPERTS], shapes[stack, RANK], shapes[stack, TOP_K]
+            weights = memory_at(addresses[stack, layer, group, 1 + member], experts * rank * width, like)
             for k in range(top_k):
-                for r in range(rank):
-                    factor = mid[j, member, k, r]
-                    at = (chosen[j, member, k] * rank + r) * width + first
-                    b = weights[at : at + columns]
+                factors = mid[pair, member, k]
+                begin = chosen[pair, member, k] * rank * width + first
+                r = 0
+                while r + 4 <= rank:  # four rows at a time, so that the sums are read and written less often
+                    b0 = weights[begin : begin + columns]
+                    b1 = weights[begin + width : begin + width + columns]
+                    b2 = weights[begin + 2 * width : begin + 2 * width + columns]
+                    b3 = weights[begin + 3 * width : begin + 3 * width + columns]
+                    f0, f1, f2, f3 = factors[r], factors[r + 1], factors[r + 2], factors[r + 3]
                     for i in range(columns):
-                        row[i] += factor * widened(b[i])
+                        low = f0 * widened(b0[i]) + f1 * widened(b1[i])
+                        row[i] += low + (f2 * widened(b2[i]) + f3 * widened(b3[i]))
+                    r += 4
+                    begin += 4 * width
+                while r < rank:
+                    b = weights[begin : begin + columns]
+                    f = factors[r]
+                    for i in range(columns):
+                        row[i] += f * widened(b[i])
+                    r += 1
+                    begin += width
 
 
 @njit(cache=True)
@@ -403,23 +479,20 @@ def _project(
     x: Any,
     out: Any,
     stacks: Any,
-    mid: Any,
-    chosen: Any,
+    shared: Any,
 ) -> None:
     """A thread's columns of every projection of one input group: out (T, O) = x W + bias + the stacks' deltas."""
-    _, pair_stack, _, _, _, _, _, members, member_outputs = stacks
+    _, pair_stack, _, _, _, _, members, member_outputs = stacks
     at = 0
     for member in range(members[group]):
         first, last = _share(thread, threads, member_outputs[group, member])
-        for column in range(at + first, at + last):
-            _product(weights[layer, column], x, column, out)
+        _product(weights[layer], at + first, at + last, x, out)
         if bias.shape[1]:
             for t in range(out.shape[0]):
                 for column in range(at + first, at + last):
                     out[t, column] += bias[layer, column]
         if pair_stack.size and first < last:
-            columns = out[:, at + first : at + last]
-            _add_deltas(columns, first, layer, group, member, stacks, weights, mid, chosen)
+            _add_deltas(out, at, first, last, layer, group, member, stacks, weights, shared)
         at += member_outputs[group, member]
 
 
@@ -444,39 +517,46 @@ def _decode_part(
     logits: Any,
 ) -> None:
     """What one of the threads does in a step. All of them walk through the same phases and wait for each other."""
-    embedded, cos, sin, starts, pasts = tokens
+    embedded, cos, sin, pasts, first_tokens, starts, wanted = tokens
     keys, values = cache
     qkv_weight, qkv_bias, o_weight, o_bias, gate_up_weight, gate_up_bias, down_weight, down_bias = decoder[:8]
     norms, head_norms, final_norm, head_weight, windows, rope_kinds, eps, scaling, is_gelu = decoder[8:]
-    qkv, scores, attended, gate_up, activated, added, mid, chosen = shared
+    qkv, scores, attended, gate_up, activated, added, _, _ = shared
     counter = arrivals.ctypes.data
-    rows, _ = embedded.shape
+    rows, size = embedded.shape
     num_layers, num_key_heads, _, _ = keys.shape
     num_mlp, group_size = activated.shape[1], scores.shape[2]
     has_stacks = stacks[1].size > 0
     sandwich = norms.shape[1] == 4
     hidden = embedded.copy()  # every thread has its own: to add is cheaper than to wait
     normed = np.empty_like(hidden)
+    shapes = stacks[4]
+    max_experts, max_top_k = 1, 1
+    for stack in range(shapes.shape[0]):
+        max_experts, max_top_k = max(max_experts, shapes[stack, EXPERTS]), max(max_top_k, shapes[stack, TOP_K])
+    scratch = (np.empty(max_experts, np.float32), np.empty(max_top_k, np.int64))
     passed = 0
     for layer in range(num_layers):
         _normed(hidden, norms[layer, 0], eps, normed)
         if has_stacks:
-            _choose_experts(thread, threads, layer, 0, normed, stacks, qkv_weight, mid, chosen)
+            _choose_experts(thread, threads, layer, 0, normed, stacks, qkv_weight, scratch, shared)
             passed = _wait_for_all(counter, threads, passed)
-        _project(thread, threads, qkv_weight, qkv_bias, layer, 0, normed, qkv, stacks, mid, chosen)
+        _project(thread, threads, qkv_weight, qkv_bias, layer, 0, normed, qkv, stacks, shared)
         passed = _wait_for_all(counter, threads, passed)
-        for item in range(thread, rows * num_key_heads, threads):
-            t, head = item // num_key_heads, item % num_key_heads
-            kind = rope_kinds[layer]
-            _attended(
-                head, group_size, qkv[t], head_norms[layer], cos[kind, t], sin[kind, t], keys[layer, head],
-                values[layer, head], starts[t], pasts[t], windows[layer], eps, scaling, scores[t, head], attended[t],
-            )  # fmt: skip
+        kind = rope_kinds[layer]
+        for item in range(thread, (first_tokens.size - 1) * num_key_heads, threads):
+            sequence, head = item // num_key_heads, item % num_key_heads
+            for t in range(first_tokens[sequence], first_tokens[sequence + 1]):  # in order: each reads those before
+                _attended(
+                    head, group_size, qkv[t], head_norms[layer], cos[kind, t], sin[kind, t], keys[layer, head],
+                    values[layer, head], starts[sequence], pasts[t], windows[layer], eps, scaling,
+                    scores[sequence, head], attended[t],
+                )  # fmt: skip
         passed = _wait_for_all(counter, threads, passed)
         if has_stacks:
-            _choose_experts(thread, threads, layer, 1, attended, stacks, qkv_weight, mid, chosen)
+            _choose_experts(thread, threads, layer, 1, attended, stacks, qkv_weight, scratch, shared)
             passed = _wait_for_all(counter, threads, passed)
-        _project(thread, threads, o_weight, o_bias, layer, 1, attended, added, stacks, mid, chosen)
+        _project(thread, threads, o_weight, o_bias, layer, 1, attended, added, stacks, shared)
         passed = _wait_for_all(counter, threads, passed)
         if sandwich:
             _normed(added, norms[layer, 1], eps, normed)
@@ -485,28 +565,30 @@ def _decode_part(
             _add_rows(hidden, added)
         _normed(hidden, norms[layer, 2 if sandwich else 1], eps, normed)
         if has_stacks:
-            _choose_experts(thread, threads, layer, 2, normed, stacks, qkv_weight, mid, chosen)
+            _choose_experts(thread, threads, layer, 2, normed, stacks, qkv_weight, scratch, shared)
             passed = _wait_for_all(counter, threads, passed)
-        _project(thread, threads, gate_up_weight, gate_up_bias, layer, 2, normed, gate_up, stacks, mid, chosen)
+        _project(thread, threads, gate_up_weight, gate_up_bias, layer, 2, normed, gate_up, stacks, shared)
         first, last = _share(thread, threads, num_mlp)  # the same columns of gate and of up are this thread's
         for t in range(rows):
             for column in range(first, last):
                 activated[t, column] = _activated(gate_up[t, column], is_gelu) * gate_up[t, num_mlp + column]
         passed = _wait_for_all(counter, threads, passed)
         if has_stacks:
-            _choose_experts(thread, threads, layer, 3, activated, stacks, qkv_weight, mid, chosen)
+            _choose_experts(thread, threads, layer, 3, activated, stacks, qkv_weight, scratch, shared)
             passed = _wait_for_all(counter, threads, passed)
-        _project(thread, threads, down_weight, down_bias, layer, 3, activated, added, stacks, mid, chosen)
+        _project(thread, threads, down_weight, down_bias, layer, 3, activated, added, stacks, shared)
         passed = _wait_for_all(counter, threads, passed)
         if sandwich:
             _normed(added, norms[layer, 3], eps, normed)
             _add_rows(hidden, normed)
         else:
             _add_rows(hidden, added)
-    _normed(hidden, final_norm[0], eps, normed)
+    last_hidden = np.empty((wanted.size, size), np.float32)
+    for w in range(wanted.size):
+        last_hidden[w] = hidden[wanted[w]]
+    _normed(last_hidden, final_norm[0], eps, last_hidden)
     first, last = _share(thread, threads, head_weight.shape[0])
-    for column in range(first, last):
-        _product(head_weight[column], normed, column, logits)
+    _product(head_weight, first, last, last_hidden, logits)
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -527,36 +609,37 @@ def count_together(threads: int, arrivals: Any, met: Any) -> None:
 
 @njit(parallel=True, cache=True, nogil=True)
 def decode(threads: int, arrivals: Any, tokens: Any, cache: Any, decoder: Any, stacks: Any, logits: Any) -> None:
-    """Writes the keys and values of T tokens into the cache and the logits that follow them into `logits` (T, V).
+    """Writes the keys and values of T tokens into the cache, and logits that follow some of them into `logits` (W, V).
 
     arrivals: (1,), 0.
-    tokens: embedded (T, H), cosines and sines (rope kinds, T, D), first position of a row's span in the cache (T,),
-        tokens of the row that are in the cache (T,).
+    tokens: embedded (T, H); cosines and sines (rope kinds, T, D); how many tokens of its sequence precede each (T,);
+        where each sequence's tokens begin (Q + 1,) and its first position in the cache (Q,); the wanted tokens (W,).
     cache: keys and values (L, Hk, N, D).
     decoder: weights and biases of the input groups, (L, O, I) and (L, O or 0) of each; norms (L, 2 or 4, H), of query
         and key heads (L, 2, D or 0), the last (1, H); head (V, H); window and rope kind of each layer (L,), window 0:
         none; eps; scaling of queries; whether the activation is gelu.
-    stacks: where a row's pairs begin (T + 1,); stack, row, and weight times scale of each (J,); addresses and shapes of
-        the stacks (stacks, 4); of the input groups inputs, outputs, number of projections (4,), and outputs of each
-        projection (4, 3).
+    stacks: where a token's pairs begin (T + 1,); stack, token, and weight times scale of each (J,); the stacks' E, R
+        and K (stacks, 3); the addresses of `a_and_gate` and of each b (stacks, L, 4, 4); of the input groups the number
+        of projections (4,), and outputs of each projection (4, 3).
     """
-    embedded, _, _, _, pasts = tokens
-    rows, size = embedded.shape
+    embedded, _, _, pasts, first_tokens, _, _ = tokens
+    num_tokens, size = embedded.shape
     num_key_heads, head_size = cache[0].shape[1], cache[0].shape[3]
+    num_sequences, group_size = first_tokens.size - 1, decoder[2].shape[2] // (num_key_heads * head_size)
     num_qkv, num_queries, num_mlp = decoder[0].shape[1], decoder[2].shape[2], decoder[6].shape[2]
     num_pairs, shapes = stacks[1].size, stacks[4]
     max_rank, max_top_k, longest = 1, 1, 0
     for s in range(shapes.shape[0]):
         max_rank, max_top_k = max(max_rank, shapes[s, RANK]), max(max_top_k, shapes[s, TOP_K])
-    for t in range(rows):
+    for t in range(num_tokens):
         longest = max(longest, pasts[t] + 1)
     shared = (
-        np.empty((rows, num_qkv), np.float32),
-        np.empty((rows, num_key_heads, num_queries // (num_key_heads * head_size), longest), np.float32),
-        np.empty((rows, num_queries), np.float32),
-        np.empty((rows, 2 * num_mlp), np.float32),
-        np.empty((rows, num_mlp), np.float32),
-        np.empty((rows, size), np.float32),
+        np.empty((num_tokens, num_qkv), np.float32),
+        np.empty((num_sequences, num_key_heads, group_size, longest), np.float32),
+        np.empty((num_tokens, num_queries), np.float32),
+        np.empty((num_tokens, 2 * num_mlp), np.float32),
+        np.empty((num_tokens, num_mlp), np.float32),
+        np.empty((num_tokens, size), np.float32),
         np.empty((num_pairs, 3, max_top_k, max_rank), np.float32),
         np.empty((num_pairs, 3, max_top_k), np.int64),
     )

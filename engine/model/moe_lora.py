@@ -63,7 +63,7 @@ class ServingGroup:
     b: tuple[Tensor, ...]  # P tensors (C, O)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ServingStack:
     """One frozen stack on the device, ready to be computed or packed."""
 

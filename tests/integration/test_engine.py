@@ -32,10 +32,10 @@ def greedy(num_tokens: int = 12, **options: object) -> SamplingParams:
 
 
 @contextmanager
-def running_engine(folder: Path, *, fused_decode: bool = True, **options: int) -> Iterator[Client]:
+def running_engine(folder: Path, *, fused_step: bool = True, **options: int) -> Iterator[Client]:
     base = load_base(str(folder), base_format="dense", dtype="float32")
     settings = {"max_batch_rows": 4, "max_model_len": 128, "kv_cache_tokens": 512, **options}
-    engine = Engine(base, fused_decode=fused_decode, **settings)
+    engine = Engine(base, fused_step=fused_step, **settings)
     engine.start()
     try:
         yield Client(engine)
@@ -62,14 +62,14 @@ MIXES: list[dict[int, float]] = [{}, {0: 1.0}, {1: 0.7, 2: 0.3}, {0: 0.2, 1: 0.9
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 17, 40, 1)]
 
 
-@pytest.mark.parametrize("fused_decode", [True, False], ids=["fused", "modules"])
+@pytest.mark.parametrize("fused_step", [True, False], ids=["fused", "modules"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_mixed_batch_equals_each_request_computed_the_plain_way(
-    architecture: str, fused_decode: bool, tiny_base_folder: Callable[[str], Path]
+    architecture: str, fused_step: bool, tiny_base_folder: Callable[[str], Path]
 ) -> None:
     folder = tiny_base_folder(architecture)
     reference = ReferenceModel(folder)
-    with running_engine(folder, fused_decode=fused_decode, max_step_tokens=16) as client:  # prompts arrive in chunks
+    with running_engine(folder, fused_step=fused_step, max_step_tokens=16) as client:  # prompts arrive in chunks
         domains, slow = domains_of(client)
         events = [
             client.submit(prompt, greedy(), [(domains[i], w) for i, w in mix.items()])[1]
@@ -223,7 +223,7 @@ def test_a_failing_job_reaches_its_caller_only(llama: Client) -> None:
 
 def test_a_failing_step_fails_its_requests_and_not_the_engine(llama: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("engine.runner.AttentionStep", None)
+        patch.setattr("engine.runner.FusedRow", None)
         assert isinstance(llama.run(PROMPTS[0], greedy(2)).error, EngineFailed)
     assert len(llama.run(PROMPTS[0], greedy(2)).token_ids) == 2
 

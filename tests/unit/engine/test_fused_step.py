@@ -1,4 +1,4 @@
-"""The fused decode step against transformers' own forward with slowly added stacks, token by token."""
+"""The fused step against transformers' own forward with slowly added stacks."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.model.base import Base, load_base
-from engine.model.fused_decode import FusedDecoder, fused_decoder
+from engine.model.fused_step import FusedRow, FusedStep, make_fused_step
 from engine.model.moe_lora import MoeLoraConfig, ServingStack
 from stack_store.format import ProjectionTensors
 from tests.reference import ReferenceModel
@@ -25,34 +25,30 @@ def load(folder: Path, dtype: Any = "float32") -> Base:
     return load_base(str(folder), base_format="dense", dtype=dtype)
 
 
-def decoder_of(base: Base, rows: int, *, threads: int = 1) -> FusedDecoder:
-    """A fused decoder whose cache has a span for each of the rows."""
+def step_of(base: Base, rows: int, *, threads: int = 1) -> FusedStep:
+    """A fused step whose cache has a span for each of the rows."""
     config = base.text_config
     shape = (base.num_layers, config.num_key_value_heads, rows * SPAN, config.head_dim)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        decoder = fused_decoder(base, torch.zeros(shape, dtype=base.dtype), torch.zeros(shape, dtype=base.dtype))
+        step = make_fused_step(base, torch.zeros(shape, dtype=base.dtype), torch.zeros(shape, dtype=base.dtype))
     finally:
         torch.set_num_threads(before)
-    assert decoder is not None
-    return decoder
+    assert step is not None
+    return step
 
 
-def decoded(decoder: FusedDecoder, texts: list[list[int]], mixes: list[dict[ServingStack, float]]) -> list[Tensor]:
-    """The logits behind every token of every row: (T, V) each. The rows run side by side, each as long as it has
-    tokens."""
+def decoded(
+    step: FusedStep, texts: list[list[int]], mixes: list[dict[ServingStack, float]], *, chunk: int = 1
+) -> list[Tensor]:
+    """The logits behind every chunk of every row: (chunks, V) each. The rows run side by side while they last."""
     logits: list[list[Tensor]] = [[] for _ in texts]
-    for past in range(max(map(len, texts))):
-        rows = [row for row, text in enumerate(texts) if past < len(text)]
-        out = decoder.logits(
-            [texts[row][past] for row in rows],
-            [row * SPAN for row in rows],
-            [past for _ in rows],
-            [mixes[row] for row in rows],
-        )
-        for row, values in zip(rows, out, strict=True):
-            logits[row].append(values)
+    for past in range(0, max(map(len, texts)), chunk):
+        numbers = [number for number, text in enumerate(texts) if past < len(text)]
+        rows = [FusedRow(texts[n][past : past + chunk], n * SPAN, past, mixes[n], True) for n in numbers]
+        for number, values in zip(numbers, step.logits(rows), strict=True):
+            logits[number].append(values)
     return [torch.stack(values) for values in logits]
 
 
@@ -65,10 +61,11 @@ TEXTS = [[5, 9, 200, 31, 7, 90, 11, 12, 13, 14, 15, 16], [80, 81, 82], [3], [40,
 MIXES: list[dict[int, float]] = [{0: 1.0}, {}, {1: 0.7, 2: 0.3}, {0: 0.2, 1: 0.9, 2: 1.0}]
 
 
+@pytest.mark.parametrize("chunk", [1, 5])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen2", "qwen3", "mistral"])
 def test_every_row_has_the_logits_of_the_plain_forward(
-    architecture: str, threads: int, tiny_base_folder: Folder
+    architecture: str, threads: int, chunk: int, tiny_base_folder: Folder
 ) -> None:
     base = load(tiny_base_folder(architecture))
     reference = ReferenceModel(tiny_base_folder(architecture))
@@ -76,11 +73,25 @@ def test_every_row_has_the_logits_of_the_plain_forward(
     # More rows than share one reading of a weight.
     texts, mixes = TEXTS * 3, MIXES * 3
     got = decoded(
-        decoder_of(base, len(texts), threads=threads), texts, [{stacks[i]: w for i, w in mix.items()} for mix in mixes]
+        step_of(base, len(texts), threads=threads),
+        texts,
+        [{stacks[i]: w for i, w in mix.items()} for mix in mixes],
+        chunk=chunk,
     )
     for text, mix, logits in zip(texts, mixes, got, strict=True):
         expected = reference.logits(text, [(*drawn[i], weight) for i, weight in mix.items()])
-        torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+        ends = [min(past + chunk, len(text)) - 1 for past in range(0, len(text), chunk)]
+        torch.testing.assert_close(logits, expected[ends], atol=2e-4, rtol=1e-4)
+
+
+def test_only_wanted_logits_are_computed(tiny_base_folder: Folder) -> None:
+    base = load(tiny_base_folder("llama"))
+    step = step_of(base, 2)
+    unwanted = FusedRow(TEXTS[0][:4], 0, 0, {}, False)
+    [logits] = step.logits([unwanted, FusedRow(TEXTS[1], SPAN, 0, {}, True)])
+    [alone] = step_of(base, 1).logits([FusedRow(TEXTS[1], 0, 0, {}, True)])
+    torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0.0)
+    assert step.logits([replace(unwanted, past=4)]).shape == (0, base.text_config.vocab_size)
 
 
 def test_a_large_score_and_a_small_one_share_a_softmax(tiny_base_folder: Folder) -> None:
@@ -91,7 +102,7 @@ def test_a_large_score_and_a_small_one_share_a_softmax(tiny_base_folder: Folder)
     for model in (base.model, reference.base.model):
         for layer in model.get_decoder().layers:  # type: ignore[operator]
             layer.self_attn.q_proj.weight.data *= 300
-    [got] = decoded(decoder_of(base, 1), [TEXTS[0]], [{}])
+    [got] = decoded(step_of(base, 1), [TEXTS[0]], [{}])
     torch.testing.assert_close(got, reference.logits(TEXTS[0], []), atol=2e-3, rtol=1e-3)
 
 
@@ -104,7 +115,7 @@ def test_bfloat16_is_closer_to_float32_than_the_modules(tiny_base_folder: Folder
     half, full = load(folder, "bfloat16"), load(folder)
     for target, source in zip(full.model.parameters(), half.model.parameters(), strict=True):
         target.data.copy_(source.data)
-    got = decoded(decoder_of(half, 4), TEXTS, [{}, {}, {}, {}])
+    got = decoded(step_of(half, 4), TEXTS, [{}, {}, {}, {}])
     for text, logits in zip(TEXTS, got, strict=True):
         with torch.no_grad():
             exact, modules = (base.model(torch.tensor([text])).logits[0].float() for base in (full, half))
@@ -123,9 +134,9 @@ def test_stacks_in_bfloat16(tiny_base_folder: Folder) -> None:
     same = to_serving(full.geometry, config, projections)
     same.memory.copy_(stack.memory)
     weights = (1.0, 0.0, 0.5, 2.0)
-    exact = decoded(decoder_of(full, 4), TEXTS, [{same: weight} for weight in weights])
-    rounded = decoded(decoder_of(half, 4), TEXTS, [{stack: weight} for weight in weights])
-    without = decoded(decoder_of(full, 4), TEXTS, [{}, {}, {}, {}])
+    exact = decoded(step_of(full, 4), TEXTS, [{same: weight} for weight in weights])
+    rounded = decoded(step_of(half, 4), TEXTS, [{stack: weight} for weight in weights])
+    without = decoded(step_of(full, 4), TEXTS, [{}, {}, {}, {}])
     for logits, expected, base_only, weight in zip(rounded, exact, without, weights, strict=True):
         assert distance(logits, expected) < 0.03
         assert weight == 0.0 or distance(base_only, expected) > 0.1  # the stack does change something
@@ -139,9 +150,9 @@ def test_a_broken_stack_reaches_only_the_rows_that_use_it(tiny_base_folder: Fold
         for key, tensors in random_projections(base.geometry, config, seed=1).items()
     }
     stack = to_serving(base.geometry, config, broken)
-    decoder = decoder_of(base, 2)
-    beside, spoilt = decoded(decoder, [TEXTS[0], TEXTS[0]], [{}, {stack: 1.0}])
-    [alone] = decoded(decoder, [TEXTS[0]], [{}])
+    step = step_of(base, 2)
+    beside, spoilt = decoded(step, [TEXTS[0], TEXTS[0]], [{}, {stack: 1.0}])
+    [alone] = decoded(step, [TEXTS[0]], [{}])
     assert spoilt.isnan().all()
     torch.testing.assert_close(beside, alone, atol=1e-5, rtol=0.0)
 
@@ -154,8 +165,8 @@ def test_a_stack_at_weight_zero_is_not_computed(tiny_base_folder: Folder) -> Non
         for key, tensors in random_projections(base.geometry, config, seed=1).items()
     }
     stack = to_serving(base.geometry, config, infinite)
-    decoder = decoder_of(base, 1)
-    [with_it], [without] = decoded(decoder, [TEXTS[1]], [{stack: 0.0}]), decoded(decoder, [TEXTS[1]], [{}])
+    step = step_of(base, 1)
+    [with_it], [without] = decoded(step, [TEXTS[1]], [{stack: 0.0}]), decoded(step, [TEXTS[1]], [{}])
     assert torch.equal(with_it, without)
 
 
@@ -169,16 +180,16 @@ def test_equal_logits_choose_the_first_experts_and_no_expert_twice(tiny_base_fol
         for key, tensors in drawn.items()
     }
     pair = MoeLoraConfig(2, 4, 2, 4.0)
-    decoder = decoder_of(base, 1)
-    [got] = decoded(decoder, [TEXTS[0]], [{to_serving(base.geometry, config, tied): 1.0}])
-    [expected] = decoded(decoder, [TEXTS[0]], [{to_serving(base.geometry, pair, first_two): 1.0}])
+    step = step_of(base, 1)
+    [got] = decoded(step, [TEXTS[0]], [{to_serving(base.geometry, config, tied): 1.0}])
+    [expected] = decoded(step, [TEXTS[0]], [{to_serving(base.geometry, pair, first_two): 1.0}])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0.0)
 
 
 def test_weights_are_held_once(tiny_base_folder: Folder) -> None:
     base = load(tiny_base_folder("llama"))
     before = {site.path: site.module.weight.clone() for site in base.sites}  # type: ignore[operator]
-    decoder_of(base, 1)
+    step_of(base, 1)
     memory: Any = base.sites[0].module.weight
     for site in base.sites[:3]:  # q, k and v of the first layer
         weight: Any = site.module.weight
@@ -187,8 +198,8 @@ def test_weights_are_held_once(tiny_base_folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("reason", ["packed", "float16"])
-def test_no_fused_decoder_where_it_would_not_be_exact(reason: str, tiny_base_folder: Folder) -> None:
+def test_no_fused_step_where_it_would_not_be_exact(reason: str, tiny_base_folder: Folder) -> None:
     folder = str(tiny_base_folder("llama"))
     base = load_base(folder, base_format="nf4") if reason == "packed" else load_base(folder, dtype="float16")
     cache = torch.zeros(3, 2, SPAN, 16, dtype=base.dtype)
-    assert fused_decoder(base, cache, cache.clone()) is None
+    assert make_fused_step(base, cache, cache.clone()) is None

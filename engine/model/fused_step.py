@@ -1,0 +1,183 @@
+"""The fused step of a base on a CPU: what `fused_kernels` computes, on the engine's own tensors.
+
+Chosen at start where it applies; `engine.runner` computes everything else by transformers' own code.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.model.base import Base
+from engine.model.decoder_plan import DecoderPlan, plan_decoder
+from engine.model.fused_kernels import count_together, decode
+from engine.model.moe_lora import ServingStack
+from stack_store.format import INPUT_GROUPS, Geometry
+
+logger = logging.getLogger(__name__)
+
+Array = NDArray[Any]
+
+MAX_MEMBERS = max(map(len, INPUT_GROUPS.values()))  # projections of an input group
+
+# Two of numba's parallel functions must not run at the same time under its plainest threading layer.
+_one_at_a_time = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class FusedRow:
+    """The next tokens of one sequence."""
+
+    token_ids: Sequence[int]
+    start: int  # the sequence's first position in the cache
+    past: int  # its tokens that are in the cache
+    mix: Mapping[ServingStack, float]
+    wants_logits: bool  # behind its last token
+
+
+class FusedStep:
+    """Computes a few tokens of each of several rows, each with its own stacks."""
+
+    def __init__(self, base: Base, plan: DecoderPlan, keys: Tensor, values: Tensor) -> None:
+        """`keys` and `values` (L, Hk, N, D) are the cache; it is written."""
+        self._base = base
+        self._rope_names = plan.rope_names
+        self._rotary: Any = base.decoder.rotary_emb
+        self._threads = _usable_threads(torch.get_num_threads())
+        groups = tuple(INPUT_GROUPS)
+        weights: list[Array] = []
+        for name in groups:
+            weights += [array_of(plan.weights[name]), array_of(plan.biases[name])]
+        self._cache = (array_of(keys), array_of(values))
+        self._decoder = (
+            *weights,
+            *(array_of(tensor) for tensor in (plan.norms, plan.head_norms, plan.final_norm, plan.head_weight)),
+            np.array(plan.windows),
+            np.array(plan.rope_kinds),
+            np.float32(plan.eps),
+            np.float32(plan.scaling),
+            plan.is_gelu,
+        )
+        self._shapes = _group_shapes(base.geometry)
+        self._addresses: WeakKeyDictionary[ServingStack, Array] = WeakKeyDictionary()
+        started = time.monotonic()
+        self.logits(
+            [FusedRow([0], 0, 0, {}, True)]
+        )  # compiles, or reads what was compiled before; nobody uses the cache yet
+        logger.info("fused step ready threads=%d seconds=%.1f", self._threads, time.monotonic() - started)
+
+    def logits(self, rows: Sequence[FusedRow]) -> Tensor:
+        """Writes the rows' keys and values into the cache -> (W, V) float32 behind the rows that want logits."""
+        base = self._base
+        pasts = [row.past + index for row in rows for index in range(len(row.token_ids))]
+        ends = np.cumsum([len(row.token_ids) for row in rows])
+        wanted = ends[[row.wants_logits for row in rows]] - 1
+        with torch.inference_mode():
+            ids = torch.tensor([token for row in rows for token in row.token_ids])
+            hidden = base.decoder.embed_tokens(ids).float()  # type: ignore[operator]
+            rotations = self._rotations(torch.tensor([pasts]))
+        starts = np.array([row.start for row in rows])
+        tokens = (array_of(hidden), *rotations, np.array(pasts), np.concatenate([[0], ends]), starts, wanted)
+        logits = torch.empty(len(wanted), base.text_config.vocab_size)
+        arrivals = np.zeros(1, np.int64)
+        with _one_at_a_time:
+            numba.set_num_threads(self._threads)
+            decode(self._threads, arrivals, tokens, self._cache, self._decoder, self._stacks(rows), array_of(logits))
+        return logits
+
+    def _stacks(self, rows: Sequence[FusedRow]) -> tuple[Array, ...]:
+        """As `fused_kernels.decode` wants them."""
+        in_use, pairs = _pairs(rows)
+        for stack in in_use:
+            if stack not in self._addresses:
+                self._addresses[stack] = _addresses(stack)
+        shapes = [(stack.num_experts, stack.rank, stack.top_k) for stack in in_use]
+        addresses = [self._addresses[stack] for stack in in_use] or [np.zeros((0, 0, 0), np.int64)]
+        return (*pairs, np.array(shapes, np.int64).reshape(-1, 3), np.stack(addresses), *self._shapes)
+
+    def _rotations(self, positions: Tensor) -> tuple[Array, Array]:
+        """(1, T) -> cosines and sines (rope kinds, T, D), rounded as transformers' own code rounds them."""
+        like = torch.empty(0, dtype=self._base.dtype)
+        pairs = [
+            self._rotary(like, positions) if name is None else self._rotary(like, positions, name)
+            for name in self._rope_names
+        ]
+        cos, sin = (array_of(torch.cat(parts).float()) for parts in zip(*pairs, strict=True))
+        return cos, sin
+
+
+def make_fused_step(base: Base, keys: Tensor, values: Tensor) -> FusedStep | None:
+    """A fused step where there is one for this base and device."""
+    plan = plan_decoder(base)
+    return None if plan is None else FusedStep(base, plan, keys, values)
+
+
+def _usable_threads(wanted: int) -> int:
+    """As many threads as were wanted if they run side by side, else one."""
+    threads = min(wanted, numba.config.NUMBA_NUM_THREADS)
+    met = np.zeros(threads, np.bool_)
+    with _one_at_a_time:
+        numba.set_num_threads(threads)
+        count_together(threads, np.zeros(1, np.int64), met)
+    if met.all():
+        return threads
+    logger.warning("fused step uses one thread: %d do not run side by side", threads)
+    return 1
+
+
+def array_of(tensor: Tensor) -> Array:
+    """The tensor's own memory as the kernels read it: bfloat16 as uint16."""
+    if tensor.dtype == torch.bfloat16:
+        bits: Array = tensor.view(torch.int16).numpy().view(np.uint16)
+        return bits
+    array: Array = tensor.numpy()
+    return array
+
+
+def _group_shapes(geometry: Geometry) -> tuple[Array, Array]:
+    """Of each input group the number of projections (4,), and the outputs of each (4, 3)."""
+    outputs = np.zeros((len(INPUT_GROUPS), MAX_MEMBERS), np.int64)
+    for index, members in enumerate(INPUT_GROUPS.values()):
+        outputs[index, : len(members)] = [geometry.shapes[name][1] for name in members]
+    return np.array([len(members) for members in INPUT_GROUPS.values()]), outputs
+
+
+def _addresses(stack: ServingStack) -> Array:
+    """Where a stack's weights lie: by layer and input group `a_and_gate`, then each b (L, 4, 4)."""
+    num_layers = len(stack.groups) // len(INPUT_GROUPS)
+    addresses = np.zeros((num_layers, len(INPUT_GROUPS), 1 + MAX_MEMBERS), np.int64)
+    for layer in range(num_layers):
+        for index, name in enumerate(INPUT_GROUPS):
+            group = stack.groups[layer, name]
+            addresses[layer, index, 0] = group.a_and_gate.data_ptr()
+            addresses[layer, index, 1 : 1 + len(group.b)] = [b.data_ptr() for b in group.b]
+    return addresses
+
+
+def _pairs(rows: Sequence[FusedRow]) -> tuple[dict[ServingStack, int], tuple[Array, ...]]:
+    """The stacks in use, numbered; where each token's pairs begin (T + 1,); stack, token and weight of each (J,)."""
+    numbers: dict[ServingStack, int] = {}
+    start, stacks, tokens, weights = [0], [], [], []
+    for row in rows:
+        in_use = [(stack, weight) for stack, weight in row.mix.items() if weight != 0.0]
+        for _ in row.token_ids:
+            for stack, weight in in_use:
+                stacks.append(numbers.setdefault(stack, len(numbers)))
+                tokens.append(len(start) - 1)
+                weights.append(weight * stack.scale)
+            start.append(len(stacks))
+    return numbers, (
+        np.array(start, np.int64),
+        np.array(stacks, np.int64),
+        np.array(tokens, np.int64),
+        np.array(weights, np.float32),
+    )
