@@ -34,6 +34,7 @@ from engine.types import (
 
 logger = logging.getLogger(__name__)
 
+FUSED_PROMPT_TOKENS = 12  # beside one stream, such a step takes two to three times as long as one without them
 IDLE_WAIT_SECONDS = 0.5  # how often an idle engine shows that it is alive
 PROMPT_LOGITS_ROWS = 64  # positions whose logits over the whole vocabulary are in memory at once
 
@@ -88,9 +89,14 @@ class Engine:
         max_model_len: int,
         kv_cache_tokens: int,
         max_step_tokens: int = 512,
+        prompt_tokens_beside_decode: int | None = None,
         fused_step: bool = True,
     ) -> None:
-        """`fused_step` allows the fused step where there is one for the base and the device."""
+        """`fused_step` allows the fused step where there is one for the base and the device.
+
+        `prompt_tokens_beside_decode` bounds a step's prompt tokens while others decode; by default it is 12 where there
+        is a fused step, and elsewhere there is no bound but `max_step_tokens`.
+        """
         if max_model_len > base.max_positions:
             raise ValueError(f"max_model_len {max_model_len} is more than the base's {base.max_positions} positions")
         if kv_cache_tokens < max_model_len:
@@ -100,7 +106,14 @@ class Engine:
         self.base = base
         self.max_model_len = max_model_len
         self._runner = Runner(base, num_kv_positions=kv_cache_tokens, fused_step=fused_step)
-        self._scheduler = Scheduler(KvCache(kv_cache_tokens), max_rows=max_batch_rows, max_step_tokens=max_step_tokens)
+        if prompt_tokens_beside_decode is None and self._runner.is_fused:
+            prompt_tokens_beside_decode = FUSED_PROMPT_TOKENS
+        self._scheduler = Scheduler(
+            KvCache(kv_cache_tokens),
+            max_rows=max_batch_rows,
+            max_step_tokens=max_step_tokens,
+            prompt_tokens_beside_decode=prompt_tokens_beside_decode,
+        )
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._sequences: dict[str, Sequence] = {}
         self._jobs: deque[_Job[Any]] = deque()
@@ -243,6 +256,8 @@ class Engine:
             if row.sequence.started_at is None:
                 row.sequence.started_at = now
         try:
+            for copy in self._scheduler.take_copies():
+                self._runner.copy_positions(copy.source, copy.target, copy.num_tokens)
             output = self._runner.run(rows, self._scheduler.running)
             for row in rows:
                 row.sequence.num_computed += row.num_tokens
@@ -266,7 +281,7 @@ class Engine:
         for sequence in output.sampled:
             if sequence.num_output == 0:
                 wanted = sequence.request.sampling.prompt_logprobs is not None
-                sequence.on_event(PromptEvent(tuple(sequence.prompt_logprobs) if wanted else None))
+                sequence.on_event(PromptEvent(tuple(sequence.prompt_logprobs) if wanted else None, sequence.num_reused))
 
     def _sample(self, output: StepOutput) -> None:
         """Extends every sampled sequence by one token, unless it wants none."""
@@ -307,11 +322,11 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> None:
         for sequence in list(self._sequences.values()):
-            self._forget(sequence)
+            self._forget(sequence, keep=False)
             sequence.on_event(FailedEvent(error))
 
-    def _forget(self, sequence: Sequence) -> None:
-        self._scheduler.remove(sequence)
+    def _forget(self, sequence: Sequence, *, keep: bool = True) -> None:
+        self._scheduler.remove(sequence, keep=keep)
         self._sequences.pop(sequence.request.request_id, None)
         if not self._scheduler.running:
             self._runner.release_pack()
@@ -320,7 +335,7 @@ class Engine:
     def _beat(self) -> None:
         self._alive_at = time.monotonic()
         running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
-        self._snapshot = EngineSnapshot(running, waiting, self._scheduler.kv_cache.used_ratio, self._steps)
+        self._snapshot = EngineSnapshot(running, waiting, self._scheduler.used_ratio, self._steps)
 
 
 class _RawLogprobs:

@@ -44,10 +44,17 @@ class KvCache:
         """Gives a span back. Releasing a span that is not held is an error of ours."""
         self._held.remove(span)
 
+    def shrink(self, span: KvSpan, length: int) -> KvSpan:
+        """Gives back all of a held span but its first `length` positions; the span that is left."""
+        assert 0 < length <= span.length, (span, length)
+        left = KvSpan(span.start, length)
+        self._held[self._held.index(span)] = left
+        return left
+
     @property
-    def used_ratio(self) -> float:
-        """Share of the positions that are reserved."""
-        return sum(span.length for span in self._held) / self.num_positions
+    def num_held(self) -> int:
+        """Positions that are reserved."""
+        return sum(span.length for span in self._held)
 
     def check_integrity(self) -> None:
         """Asserts that held spans are in range and do not overlap."""

@@ -45,8 +45,14 @@ class Runner:
         # Empty, not zeroed: on a CPU the system gives pages to positions that are used.
         keys = torch.empty(shape, dtype=base.dtype, device=base.device)
         values = torch.empty(shape, dtype=base.dtype, device=base.device)
+        self._cache = (keys, values)
         self._keys, self._values = keys.unbind(0), values.unbind(0)
         self._fused = make_fused_step(base, keys, values) if fused_step else None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether small steps are fused."""
+        return self._fused is not None
 
     def run(self, rows: Rows[ScheduledRow], running: Rows[Sequence]) -> StepOutput:
         """Passes the rows' tokens through the model; where there is a fused step, those that it is faster for."""
@@ -74,6 +80,12 @@ class Runner:
                 input_ids=ids, position_ids=positions, use_cache=False, attention_step=step
             ).last_hidden_state[0]  # (T, H)
             return self._output(rows, spans, hidden)
+
+    def copy_positions(self, source: int, target: int, count: int) -> None:
+        """Copies keys and values of all layers from one place in the cache to another that it does not overlap."""
+        with torch.inference_mode():
+            for tensor in self._cache:
+                tensor[:, :, target : target + count] = tensor[:, :, source : source + count]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, H) -> (N, V) in float32."""

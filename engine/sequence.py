@@ -21,6 +21,7 @@ class Sequence:
     detokenizer: Detokenizer
     token_ids: list[int]  # prompt, then output
     num_computed: int = 0  # tokens whose keys and values are in the cache
+    num_reused: int = 0  # of them, those that another sequence computed
     span: KvSpan | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     submitted_at: float = field(default_factory=time.monotonic)

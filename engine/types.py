@@ -85,6 +85,7 @@ class PromptEvent:
     """The prompt is in the cache. Logprobs, if asked for, have one entry a prompt token; the first is None."""
 
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None
+    cached_tokens: int = 0  # of the prompt, those whose keys and values were there already
 
 
 @dataclass(frozen=True, slots=True)

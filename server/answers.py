@@ -1,6 +1,6 @@
 """Collects a whole answer, and makes what every answer carries. Knows JSON; not HTTP, not an endpoint's own shape."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -49,10 +49,15 @@ def mix_report(run: PromptRun) -> Json:
     return report
 
 
-def usage(generation: Generation) -> Mapping[str, int]:
+def usage(generation: Generation) -> Json:
     """Token counts as OpenAI counts them: a prompt once, however many answers it has."""
     read, written = generation.prompt_tokens, generation.completion_tokens
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
+    }
 
 
 async def collect_answer(generation: Generation, shape: AnswerShape) -> Json:

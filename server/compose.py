@@ -171,6 +171,7 @@ def _make_engine(base: Base, settings: Settings) -> Engine:
             max_batch_rows=wanted.max_batch_rows,
             max_model_len=max_model_len,
             kv_cache_tokens=wanted.kv_cache_tokens,
+            prompt_tokens_beside_decode=wanted.prompt_tokens_beside_decode,
             fused_step=wanted.fused_step,
         )
     except ValueError as error:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from engine.errors import EngineStopped
-from engine.types import Event, FailedEvent, FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
+from engine.types import Event, FailedEvent, FinishedEvent, GenerationRequest, PromptEvent, SamplingParams, TokensEvent
 from server.admission import Ticket
 from server.catalog import Catalog, LeasedMix
 from server.meter import RequestMeter
@@ -44,6 +44,7 @@ class PromptRun:
     leased: LeasedMix  # until the lease is granted, the weights that are planned
     open_sequences: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -82,6 +83,11 @@ class Generation:
     def prompt_tokens(self) -> int:
         """Tokens read, each prompt counted once."""
         return sum(len(run.plan.token_ids) for run in self.runs)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the tokens read, those whose keys and values were in the cache already."""
+        return sum(run.cached_tokens for run in self.runs)
 
     @property
     def completion_tokens(self) -> int:
@@ -162,6 +168,8 @@ class Generation:
     def _deliver(self, run: PromptRun, index: int, event: Event) -> None:
         if isinstance(event, TokensEvent) and event.token_ids:
             self._meter.tokens_came(index, len(event.token_ids))
+        elif isinstance(event, PromptEvent):
+            run.cached_tokens = max(run.cached_tokens, event.cached_tokens)
         elif isinstance(event, FinishedEvent | FailedEvent):
             self._live.pop(index, None)
             if isinstance(event, FinishedEvent):

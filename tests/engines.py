@@ -28,6 +28,7 @@ class Collected:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    cached_tokens: int = 0
     finished: FinishedEvent | None = None
     error: Exception | None = None
     pieces: list[str] = field(default_factory=list)
@@ -73,7 +74,8 @@ def collect(events: "queue.Queue[Event]") -> Collected:
                 collected.pieces.append(text)
                 collected.token_ids += token_ids
                 collected.logprobs += logprobs
-            case PromptEvent(prompt_logprobs):
+            case PromptEvent(prompt_logprobs, cached_tokens):
+                collected.cached_tokens = cached_tokens
                 collected.prompt_logprobs = prompt_logprobs
             case FinishedEvent() as finished:
                 collected.finished = finished

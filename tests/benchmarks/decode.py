@@ -1,9 +1,11 @@
-"""Measures what a mix costs: decode speed of the base and of mixes, the router's share, and a cold load.
+"""Measures what a mix costs: decode speed and prefill of the base and of mixes, and of their peers.
 
     python -m tests.benchmarks.decode [--rounds N] [--tokens N] [--threads N]
 
 Everything is measured in one process, the settings interleaved round by round, and printed as a table of medians with
-their spread and one JSON line. The peer is transformers' `generate` on the same base with the same weights.
+their spread and one JSON line. Stacks have the paper's size (4 experts of rank 16, 2 active) and random weights. The
+peers run on the same NF4 values: transformers' `generate`, PEFT's mixed batch with adapters of as many parameters, and
+the paper's layer.
 """
 
 import argparse
@@ -19,10 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-DEMO_STORE = Path(__file__).parents[2] / "demo" / "store"
-BATCHES = (1, 8)
+ROWS = (1, 8, 16)
+DOMAINS = (0, 1, 2, 4, 10)
 PROMPT_TOKENS = 32
-QUESTION = "A farmer has 17 sheep and buys 5 more every month. How many sheep does he have after one year and a half?"
+LONG_PROMPT_TOKENS = 512
+PAPER_STACKS = 4
+PAPER_TOKENS = 8  # it is slow
+
+Mix = Sequence[tuple[Any, float]]
 
 
 def main() -> None:
@@ -40,35 +46,22 @@ def main() -> None:
 
 
 def measure(rounds: int, tokens: int) -> dict[str, Any]:
-    """Every number, by name; speeds in tokens per second, times in seconds."""
+    """Every number, by name; speeds in tokens per second, of all rows together."""
     import torch
     import transformers
 
     from engine.engine import Engine
     from engine.model.base import load_base
-    from engine.slots import load_domain
-    from stack_store.registry import StackRegistry
+    from engine.model.moe_lora import MoeLoraConfig
 
-    peer = load_base(base_format="nf4")
+    config = MoeLoraConfig()
     base = load_base()
-    registry = StackRegistry.open(DEMO_STORE, base_fingerprint=base.fingerprint, geometry=base.geometry)
-    entries = registry.manifest.domains
-    domains = [load_domain(registry, entry, dtype=base.dtype, device=base.device) for entry in entries]
-    engine = Engine(base, max_batch_rows=max(BATCHES), max_model_len=512, kv_cache_tokens=8192)
+    domains = [random_domain(base, config, seed) for seed in range(max(DOMAINS))]
+    engine = Engine(base, max_batch_rows=max(ROWS), max_model_len=1024, kv_cache_tokens=16384)
     engine.start()
-    runs: dict[str, Callable[[], float]] = {}
-    for batch in BATCHES:
-        runs[f"transformers generate, base, batch {batch}"] = partial(generate_speed, peer, batch, tokens)
-        for count in (0, 1, 2, 4):
-            mix = [(domain, 1.0) for domain in domains[:count]]
-            runs[f"engine, {count} domains, batch {batch}"] = partial(engine_speed, engine, batch, tokens, mix)
-    speeds = interleave(runs, rounds)
-    loads = {
-        "cold load": lambda: load_seconds(registry, entries[0], base, cold=True),
-        "warm load": lambda: load_seconds(registry, entries[0], base, cold=False),
-    }
-    first_token = router_share(engine, registry, rounds)
-    result = {
+    speeds = interleave(runs(engine, domains, config, tokens), rounds)
+    engine.stop()
+    return {
         "device": str(base.device),
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
@@ -78,15 +71,56 @@ def measure(rounds: int, tokens: int) -> dict[str, Any]:
         "dtype": str(base.dtype),
         "new_tokens": tokens,
         "rounds": rounds,
-        "stack": {"experts": domains[0].stacks[0].num_experts, "rank": domains[0].stacks[0].rank},
-        "resident_bytes_per_domain": domains[0].num_bytes,
-        "file_bytes_per_domain": sum(stack.bytes for stack in entries[0].stacks),
-        "decode_tokens_per_second": speeds,
-        "load_seconds": interleave(loads, rounds),
-        "time_to_first_token": first_token,
+        "stack": {"experts": config.num_experts, "rank": config.rank, "bytes": domains[0].num_bytes},
+        "tokens_per_second": speeds,
     }
-    engine.stop()
-    return result
+
+
+def runs(engine: Any, domains: list[Any], config: Any, tokens: int) -> dict[str, Callable[[], float]]:
+    """What is measured, by name."""
+    from engine.model.base import load_base
+    from tests.benchmarks.peers import install_paper_layers, peft_model
+
+    found: dict[str, Callable[[], float]] = {}
+    peer = load_base(base_format="nf4")
+    adapters = [f"domain-{number}" for number in range(4)]
+    adapted = peft_model(load_base(base_format="nf4"), adapters=adapters, rank=config.num_experts * config.rank)
+    paper = load_base(base_format="nf4-dense")
+    install_paper_layers(paper, stacks=PAPER_STACKS, config=config)
+    for rows in ROWS:
+        found[f"transformers generate, base, {rows} rows"] = partial(generate_speed, peer.model, rows, tokens)
+        for count in DOMAINS:
+            mixes = [[(domain, 1.0) for domain in domains[:count]]] * rows
+            found[f"engine, {count} domains, {rows} rows"] = partial(engine_speed, engine, tokens, mixes)
+    mixed = [mixed_route(domains[:4], row) for row in range(max(ROWS))]
+    found["engine, mixed routes, 1 rows"] = partial(engine_speed, engine, tokens, mixed[:1])
+    found[f"engine, mixed routes, {max(ROWS)} rows"] = partial(engine_speed, engine, tokens, mixed)
+    names = [adapters[row % len(adapters)] for row in range(max(ROWS))]
+    found[f"PEFT adapter_names, one adapter a row, {max(ROWS)} rows"] = partial(
+        generate_speed, adapted, max(ROWS), tokens, adapter_names=names
+    )
+    found[f"the paper's layer, {PAPER_STACKS} stacks, 1 rows"] = partial(generate_speed, paper.model, 1, PAPER_TOKENS)
+    for count in (0, 1):
+        mix = [(domain, 1.0) for domain in domains[:count]]
+        found[f"engine, prefill of {LONG_PROMPT_TOKENS}, {count} domains"] = partial(prefill_speed, engine, mix)
+    found[f"transformers, prefill of {LONG_PROMPT_TOKENS}, base"] = partial(peer_prefill_speed, peer.model)
+    return found
+
+
+def random_domain(base: Any, config: Any, seed: int) -> Any:
+    """One stack of random weights, as a resident domain."""
+    from engine.slots import ResidentDomain
+    from tests.stacks import random_projections, to_serving
+
+    projections = random_projections(base.geometry, config, seed=seed, size=0.01)
+    stack = to_serving(base.geometry, config, projections, dtype=base.dtype)
+    return ResidentDomain(f"domain-{seed}", str(seed), (stack,))
+
+
+def mixed_route(domains: list[Any], row: int) -> Mix:
+    """One or two domains, others for every row."""
+    second = [(domains[(row + 1) % len(domains)], 0.5)] if row % 2 else []
+    return [(domains[row % len(domains)], 1.0), *second]
 
 
 def interleave(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, float]]:
@@ -100,96 +134,51 @@ def interleave(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, d
     return {n: {"median": statistics.median(v), "min": min(v), "max": max(v)} for n, v in values.items()}
 
 
-def generate_speed(base: Any, batch: int, tokens: int) -> float:
+def generate_speed(model: Any, rows: int, tokens: int, **arguments: Any) -> float:
     """Decode tokens per second of transformers' own loop; the first token, the prefill's, does not count."""
     import torch
 
-    ids = torch.arange(100, 100 + PROMPT_TOKENS).repeat(batch, 1)
-    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 2}
-    seconds = []
-    for count in (1, 1 + tokens):
-        started = time.perf_counter()
-        base.model.generate(**arguments, min_new_tokens=count, max_new_tokens=count)
-        seconds.append(time.perf_counter() - started)
-    return batch * tokens / (seconds[1] - seconds[0])
+    from tests.benchmarks.peers import generate_seconds
+
+    prompts = torch.stack([torch.arange(100 + row, 100 + row + PROMPT_TOKENS) for row in range(rows)])
+    return rows * tokens / generate_seconds(model, prompts, tokens, **arguments)[1]
 
 
-def engine_speed(engine: Any, batch: int, tokens: int, mix: Sequence[tuple[Any, float]]) -> float:
+def peer_prefill_speed(model: Any) -> float:
+    """Prompt tokens per second of transformers' own code."""
+    import torch
+
+    from tests.benchmarks.peers import generate_seconds
+
+    return LONG_PROMPT_TOKENS / generate_seconds(model, torch.arange(100, 100 + LONG_PROMPT_TOKENS)[None], 1)[0]
+
+
+def engine_speed(engine: Any, tokens: int, mixes: Sequence[Mix]) -> float:
     """Decode tokens per second of all rows together; the first token, the prefill's, does not count."""
     from engine.types import SamplingParams
     from tests.engines import Client, collect
 
     client = Client(engine)
     sampling = SamplingParams(max_tokens=1 + tokens, temperature=0.0, ignore_eos=True)
-    prompt = range(100, 100 + PROMPT_TOKENS)
     gate = threading.Event()
-    engine.run_on_device(gate.wait)  # holds the engine, so that all prompts go through it in one step
-    queues = [client.submit(prompt, sampling, mix)[1] for _ in range(batch)]
+    engine.run_on_device(gate.wait)  # holds the engine, so that all prompts go through it together
+    queues = [
+        client.submit(range(100 + row, 100 + row + PROMPT_TOKENS), sampling, mix)[1] for row, mix in enumerate(mixes)
+    ]
     gate.set()
     finished = [collect(queue).finished for queue in queues]
-    return batch * tokens / max(event.seconds["decode"] for event in finished if event is not None)
+    return len(mixes) * tokens / max(event.seconds["decode"] for event in finished if event is not None)
 
 
-def load_seconds(registry: Any, entry: Any, base: Any, *, cold: bool) -> float:
-    """Reads, checks and prepares one domain; cold: its files are not in the system's page cache."""
-    from engine.slots import load_domain
-
-    if cold:
-        for stack in entry.stacks:
-            with registry.stack_path(stack).open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    started = time.perf_counter()
-    load_domain(registry, entry, dtype=base.dtype, device=base.device)
-    return time.perf_counter() - started
-
-
-def router_share(engine: Any, registry: Any, rounds: int) -> dict[str, float]:
-    """Medians of what routing a text of 256 tokens takes, of its pass through the base alone, and of its prefill.
-
-    `network_share` is the router's own part, beyond the base's pass, of the time to the first token.
-    """
-    from engine.model.hidden import hidden_states
+def prefill_speed(engine: Any, mix: Mix) -> float:
+    """Prompt tokens per second of one request alone."""
     from engine.types import SamplingParams
-    from router.checkpoint import RouterCheckpoint
-    from router.router import Router
     from tests.engines import Client, collect
 
-    base = engine.base
-    path = registry.router_path()
-    assert path is not None
-    checkpoint = RouterCheckpoint.load(path, base_fingerprint=base.fingerprint)
-    text_ids = base.tokenizer(QUESTION * 20, add_special_tokens=False)["input_ids"][: checkpoint.settings.max_tokens]
-    text = base.tokenizer.decode(text_ids)
-    passes: list[float] = []
-
-    def timed_pass(ids: Sequence[int]) -> Any:
-        started = time.perf_counter()
-        states = hidden_states(base, ids, checkpoint.settings.mid_layer)
-        passes.append(time.perf_counter() - started)
-        return states
-
-    router = Router.from_checkpoint(checkpoint, tokenizer=base.tokenizer, hidden_states=timed_pass)
-    prompt = base.tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-    )
-    routing, prefill = [], []
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        engine.run_on_device(lambda: router.route(text)).result()
-        routing.append(time.perf_counter() - started)
-        events = Client(engine).submit(prompt, SamplingParams(max_tokens=1, temperature=0.0))[1]
-        finished = collect(events).finished
-        assert finished is not None
-        prefill.append(finished.seconds["prefill"])
-    route, base_pass, first = (statistics.median(values[1:]) for values in (routing, passes, prefill))
-    return {
-        "text_tokens": len(text_ids),
-        "route_seconds": route,
-        "base_pass_seconds": base_pass,
-        "prefill_seconds": first,
-        "router_share": route / (route + first),
-        "network_share": (route - base_pass) / (route + first),
-    }
+    prompt = range(100, 100 + LONG_PROMPT_TOKENS)
+    finished = collect(Client(engine).submit(prompt, SamplingParams(max_tokens=1, temperature=0.0), mix)[1]).finished
+    assert finished is not None
+    return LONG_PROMPT_TOKENS / finished.seconds["prefill"]
 
 
 def processor_name() -> str:
@@ -199,21 +188,20 @@ def processor_name() -> str:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """The medians, each with its spread, and its ratio to the base alone at the same batch."""
+    """The medians, each with its spread, and its ratio to the engine's base alone with as many rows."""
     print(result["base"], result["base_format"], result["dtype"], result["processor"], f"{result['threads']} threads")
-    print(f"{'decode tokens/s':44} {'median':>8} {'min':>8} {'max':>8} {'of base':>8}")
-    for name, value in result["decode_tokens_per_second"].items():
-        alone = result["decode_tokens_per_second"][f"engine, 0 domains, batch {name.rpartition(' ')[2]}"]["median"]
+    speeds = result["tokens_per_second"]
+    print(f"{'tokens/s':56} {'median':>8} {'min':>8} {'max':>8} {'of base':>8}")
+    for name, value in speeds.items():
+        rows = name.rpartition(", ")[2]
+        alone = f"engine, 0 domains, {rows}"
+        if "prefill" in name:
+            alone = f"engine, prefill of {LONG_PROMPT_TOKENS}, 0 domains"
         spread = f"{value['median']:8.1f} {value['min']:8.1f} {value['max']:8.1f}"
-        print(f"{name:44} {spread} {value['median'] / alone:8.2f}")
-    for name, value in result["load_seconds"].items():
-        print(f"{name + ', seconds':44} {value['median']:8.3f} {value['min']:8.3f} {value['max']:8.3f}")
-    first = result["time_to_first_token"]
-    print(f"a text of {first['text_tokens']} tokens: route {first['route_seconds']:.3f} s", end=", ")
-    print(f"of it the base's pass {first['base_pass_seconds']:.3f} s; prefill {first['prefill_seconds']:.3f} s")
-    print(f"of the time to the first token: routing {first['router_share']:.2f}", end=", ")
-    print(f"without the base's pass {first['network_share']:.3f}")
+        print(f"{name:56} {spread} {value['median'] / speeds[alone]['median']:8.2f}")
 
 
 if __name__ == "__main__":
+    started = time.perf_counter()
     main()
+    print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)

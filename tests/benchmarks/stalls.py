@@ -1,4 +1,4 @@
-"""Measures what loads do to a running stream: time per token over HTTP, alone and while other domains are loaded.
+"""Measures what others do to a running stream: time per token over HTTP, alone, beside loads and beside long prompts.
 
     python -m tests.benchmarks.stalls [--tokens N] [--loads-per-second N]
 
@@ -20,12 +20,13 @@ from pathlib import Path
 from tests.e2e.server_process import ServerProcess
 
 DEMO_STORE = Path(__file__).parents[2] / "demo" / "store"
+LONG_PROMPT = 2000
 OTHERS = ("chat", "code", "medical", "reasoning")
 
 
 def main() -> None:
     """Starts the server, measures, prints."""
-    parser = argparse.ArgumentParser(description="Time per token while domains are loaded.")
+    parser = argparse.ArgumentParser(description="Time per token of a stream beside loads and prompts.")
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--loads-per-second", type=float, default=10.0)
     arguments = parser.parse_args()
@@ -35,10 +36,12 @@ def main() -> None:
         shutil.copytree(DEMO_STORE, store)
         # A resident domain takes at most four bytes where its int8 file takes one.
         budget = 8 * max(stack["bytes"] for domain in manifest["domains"] for stack in domain["stacks"])
-        with ServerProcess(store, Path(folder) / "log", store__device_budget_bytes=budget) as server:
+        with ServerProcess(
+            store, Path(folder) / "log", store__device_budget_bytes=budget, engine__dtype="auto"
+        ) as server:
             result = measure(server, arguments.tokens, arguments.loads_per_second)
     for name, values in result.items():
-        print(f"{name:24} median {values['median']:6.1f} ms  p99 {values['p99']:6.1f} ms  loads {values['loads']:.0f}")
+        print(f"{name:26} median {values['median']:6.1f} ms  p99 {values['p99']:6.1f} ms  loads {values['loads']:.0f}")
     print(json.dumps(result))
 
 
@@ -53,6 +56,9 @@ def measure(server: ServerProcess, tokens: int, loads_per_second: float) -> dict
         with loading(server, loads_per_second):
             gaps = token_gaps(server, f"{model}:{mix}", tokens)
         result[f"{mix}, beside loads"] = summary(server, gaps, before)
+        with prompting(server):
+            gaps = token_gaps(server, f"{model}:{mix}", tokens)
+        result[f"{mix}, beside long prompts"] = summary(server, gaps, 0.0)
     return result
 
 
@@ -86,6 +92,28 @@ def token_gaps(server: ServerProcess, model: str, tokens: int) -> list[float]:
         if chunk.choices and chunk.choices[0].delta.content:
             times.append(time.perf_counter())
     return [later - earlier for earlier, later in pairwise(times)]
+
+
+@contextmanager
+def prompting(server: ServerProcess) -> Iterator[None]:
+    """Has one prompt of LONG_PROMPT tokens after the other read while the block runs."""
+    done = threading.Event()
+
+    def ask() -> None:
+        number = 0
+        while not done.is_set():
+            number += 1  # no two prompts are the same
+            server.openai.completions.create(
+                model=f"{server.model}:base", prompt=[100 + number, *range(200, 199 + LONG_PROMPT)], max_tokens=1
+            )
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextmanager

@@ -97,6 +97,53 @@ def llama_reference(tiny_base_folder: Callable[[str], Path]) -> ReferenceModel:
     return ReferenceModel(tiny_base_folder("llama"))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_prompt_that_begins_like_a_finished_one_continues_it(
+    architecture: str, tiny_base_folder: Callable[[str], Path]
+) -> None:
+    folder = tiny_base_folder(architecture)
+    reference = ReferenceModel(folder)
+    prompt = PROMPTS[2]
+    with running_engine(folder) as client:
+        domains, slow = domains_of(client)
+        mix, other = [(domains[0], 1.0), (domains[2], 0.5)], [(domains[0], 0.9), (domains[2], 0.5)]
+        first = client.run(prompt, greedy(), mix)
+        again = client.run(prompt, greedy(), mix)
+        turn = [*prompt, *first.token_ids, 60, 61, 62]  # as a conversation goes on
+        second = client.run(turn, greedy(), mix)
+        elsewhere = client.run(turn, greedy(), other)
+        without = client.run(turn, greedy())
+    assert (first.cached_tokens, again.cached_tokens) == (0, len(prompt) - 1)
+    assert second.cached_tokens == len(prompt) + 11  # the last token of an answer is never fed back
+    assert elsewhere.cached_tokens == without.cached_tokens == 0
+    weights = {0: 1.0, 2: 0.5}
+    assert first.token_ids == again.token_ids == reference.greedy(prompt, weighted(slow, weights), 12)
+    assert second.token_ids == reference.greedy(turn, weighted(slow, weights), 12)
+    assert elsewhere.token_ids == reference.greedy(turn, weighted(slow, {0: 0.9, 2: 0.5}), 12)
+    assert without.token_ids == reference.greedy(turn, [], 12)
+
+
+def test_what_is_kept_makes_room_for_what_runs(tiny_base_folder: Callable[[str], Path]) -> None:
+    folder = tiny_base_folder("llama")
+    reference = ReferenceModel(folder)
+    prompts = [[start, *range(20, 60)] for start in range(5, 17)]
+    with running_engine(folder, kv_cache_tokens=128) as client:
+        for _ in range(2):
+            events = [client.submit(prompt, greedy(8))[1] for prompt in prompts]
+            got = [collect(pending) for pending in events]
+            assert [one.token_ids for one in got] == [reference.greedy(prompt, [], 8) for prompt in prompts]
+        assert client.engine.snapshot().kv_used_ratio == 0.0
+
+
+def test_prompt_logprobs_are_whole_though_the_prompt_is_known(llama: Client) -> None:
+    sampling = greedy(2, prompt_logprobs=0)
+    first, again = llama.run(PROMPTS[2], sampling), llama.run(PROMPTS[2], sampling)
+    assert again.cached_tokens == 0
+    assert first.prompt_logprobs is not None
+    assert again.prompt_logprobs is not None
+    assert len(again.prompt_logprobs) == len(PROMPTS[2])
+
+
 def test_logprobs_equal_the_plain_forward(llama: Client, llama_reference: ReferenceModel) -> None:
     domains, slow = domains_of(llama)
     prompt = PROMPTS[1]

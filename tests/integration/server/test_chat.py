@@ -37,6 +37,7 @@ def test_whole_answer_has_openai_shape(server: LiveServer) -> None:
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

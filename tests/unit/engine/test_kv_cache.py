@@ -19,7 +19,7 @@ def test_any_history_keeps_spans_apart_and_gives_everything_back(history: list[i
         elif held:
             cache.release(held.pop(action % len(held)))
         cache.check_integrity()
-        assert cache.used_ratio == sum(span.length for span in held) / 100
+        assert cache.num_held == sum(span.length for span in held)
     for span in held:
         cache.release(span)
     assert cache.reserve(100) == KvSpan(0, 100)
@@ -34,6 +34,17 @@ def test_a_gap_is_used_again_and_a_full_cache_says_so() -> None:
     cache.release(first)
     assert cache.reserve(5) is None
     assert cache.reserve(4) == first
+
+
+def test_a_span_shrinks_from_its_end() -> None:
+    cache = KvCache(10)
+    first = cache.reserve(8)
+    assert first is not None
+    left = cache.shrink(first, 3)
+    assert left == KvSpan(0, 3)
+    assert cache.reserve(7) == KvSpan(3, 7)
+    cache.release(left)
+    cache.check_integrity()
 
 
 def test_an_empty_cache_is_refused() -> None:

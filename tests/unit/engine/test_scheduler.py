@@ -42,6 +42,33 @@ def test_long_prompts_come_in_chunks_while_others_decode() -> None:
     assert steps[3] == [("short", 1), ("long", 1)]
 
 
+def test_prompts_have_a_budget_of_their_own_beside_decoding_rows() -> None:
+    stream, first, second = (
+        sequence("stream", prompt=3, max_tokens=99),
+        sequence("1", prompt=30),
+        sequence("2", prompt=9),
+    )
+    plan = Scheduler(KvCache(1000), max_rows=4, max_step_tokens=16, prompt_tokens_beside_decode=6)
+    plan.add(stream)
+    compute(plan.schedule())
+    plan.add(first)
+    plan.add(second)
+    while first.num_pending > 1 or second.num_pending > 1:
+        rows = plan.schedule()
+        decoding = [row for row in rows if row.num_tokens == 1 and row.sequence.num_output]
+        assert stream in [row.sequence for row in decoding]  # it gets a token in every step
+        assert sum(row.num_tokens for row in rows) - len(decoding) <= 6
+        if first.num_pending > 6:
+            assert [row.sequence for row in rows] == [stream, first]  # the oldest prompt first
+        compute(rows)
+    plan.remove(stream)
+    third = sequence("3", prompt=14)
+    plan.remove(first)
+    plan.remove(second)
+    plan.add(third)
+    assert [row.num_tokens for row in plan.schedule()] == [14]  # nobody decodes: the whole budget
+
+
 def test_no_step_exceeds_its_token_budget() -> None:
     plan = scheduler(*(sequence(str(i), prompt=30) for i in range(4)))
     for _ in range(20):
@@ -68,7 +95,7 @@ def test_removing_frees_the_span_wherever_the_sequence_is() -> None:
     plan.remove(running)
     plan.remove(running)  # idempotent
     plan.check_integrity()
-    assert plan.kv_cache.used_ratio == 0
+    assert plan.used_ratio == 0
     assert plan.schedule() == []
 
 
