@@ -102,6 +102,9 @@ class RouterSection(_Section):
     """The router, its policy, and how its gap signal is calibrated."""
 
     prompts_per_domain: Positive = 300  # at most
+    unsearched: Literal["label", "leave_out"] = (
+        "label"  # what is learnt of prompts without an outcome, if others have one
+    )
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1  # of the prompts; chooses the best epoch
     epochs: Positive = 8
     batch_size: Positive = 16

@@ -138,11 +138,12 @@ def test_outcomes_are_learnt_beside_labels(tmp_path: Path, base: Base, store: Pa
     assert code == 0, output
     output = train(recipe, store)
     assert "targets: discovered" in output
-    assert "24 left out: without an outcome" in output
+    assert "24 without an outcome" in output
     report = report_of(store)
     assert (report.targets, list(report.routers)) == (TargetKind.DISCOVERED, [TargetKind.DISCOVERED, TargetKind.LABELS])
     assert report.prompts == dict.fromkeys(DOMAINS, 12)
-    assert report.unused_prompts == dict.fromkeys(DOMAINS, 8)
+    assert report.unsearched_prompts == dict.fromkeys(DOMAINS, 8)
+    assert report.num_train + report.num_validation == 36 + 24  # learnt, but not validated on
     counts = {evaluation.metrics.num_prompts for evaluation in report.routers.values()}
     assert counts == {report.num_validation}  # both on the same prompts
     assert report.routers[TargetKind.LABELS].label_top1 > 0.8

@@ -70,10 +70,10 @@ def _run(
 
 def show_router(console: Console, report: RouterReport) -> None:
     """What the store's router learnt and how well, beside the router of the labels."""
-    unused = sum(report.unused_prompts.values())
+    unsearched = sum(report.unsearched_prompts.values())
     console.print(
         f"targets: {report.targets}; {report.num_train} prompts to train on, {report.num_validation} to validate"
-        + (f", {unused} left out: without an outcome" if unused else "")
+        + (f"; {unsearched} without an outcome" if unsearched else "")
     )
     table = Table("router", "names the label", "top-1", "set match", "BCE", "calibration error", "best epoch")
     for kind, evaluation in report.routers.items():

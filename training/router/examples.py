@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from router.features import pad_features
+from training.data.records import normalise_text
 from training.router.prompts import RouterPrompts, split_by_prompt
 
 
@@ -54,6 +55,19 @@ class RouterExamples:
             yield features.to(device), mask.to(device), part.to(device)
 
 
+def joined(first: RouterExamples, second: RouterExamples) -> RouterExamples:
+    """The examples of both, which have the same domains."""
+    a, b = first.prompts, second.prompts
+    prompts = RouterPrompts(
+        domains=a.domains,
+        texts=[*a.texts, *b.texts],
+        labels=[*a.labels, *b.labels],
+        targets=torch.cat([a.targets, b.targets]),
+        positive=torch.cat([a.positive, b.positive]),
+    )
+    return RouterExamples(prompts, [*first.features, *second.features])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SplitExamples:
     """What a router learns from and what chooses its best epoch. No prompt is on both sides."""
@@ -64,6 +78,12 @@ class SplitExamples:
     def by_label(self) -> "SplitExamples":
         """The same prompts on the same sides, with the label as all that is right."""
         return SplitExamples(self.train.by_label(), self.validation.by_label())
+
+    def with_more(self, examples: RouterExamples) -> "SplitExamples":
+        """More to learn from: those whose prompt is not one that validates."""
+        validating = {normalise_text(text) for text in self.validation.prompts.texts}
+        rows = [row for row, text in enumerate(examples.prompts.texts) if normalise_text(text) not in validating]
+        return SplitExamples(joined(self.train, examples.select(rows)), self.validation) if rows else self
 
 
 def pad_batches(features: Sequence[Tensor], batch_prompts: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -121,7 +121,7 @@ class RouterReport:
     num_train: int
     num_validation: int
     prompts: Mapping[DomainName, int]  # by label
-    unused_prompts: Mapping[DomainName, int]  # of those that the recipe asks for: without an outcome
+    unsearched_prompts: Mapping[DomainName, int]  # without an outcome: not validated on, learnt if the recipe says so
     routers: Mapping[TargetKind, RouterEvaluation]
     gap: GapReport
 

@@ -54,8 +54,11 @@ def train_store_router(
         chosen = choose_prompts(data, domains, prompts_per_domain=section.prompts_per_domain, outcomes=outcomes)
         texts_for_gap = gap_prompts(recipe, data)  # before anything is computed, since it may be unsound
         reader = FeatureReader(base, feature_settings(base), feature_cache_path(store))
-        features = reader.read(chosen.prompts.texts, watch.on_prompt)
-        split = split_of(recipe, RouterExamples(chosen.prompts, features))
+        searched, rest = chosen.prompts, chosen.unsearched
+        features = reader.read([*searched.texts, *rest.texts], watch.on_prompt)
+        split = split_of(recipe, RouterExamples(searched, features[: len(searched.texts)]))
+        if section.unsearched == "label":
+            split = split.with_more(RouterExamples(rest, features[len(searched.texts) :]))
         trained = _train(recipe, split, chosen.kind, watch)
         network = trained[chosen.kind].network
         gap = calibrate_gap(
@@ -110,13 +113,13 @@ def _train(recipe: Recipe, split: SplitExamples, kind: TargetKind, watch: Watch)
 def _report(
     chosen: ChosenPrompts, split: SplitExamples, trained: Trained, gap: GapReport, *, threshold: float
 ) -> RouterReport:
-    labels = Counter(chosen.prompts.labels)
+    labels, unsearched = Counter(chosen.prompts.labels), Counter(chosen.unsearched.labels)
     return RouterReport(
         targets=chosen.kind,
         num_train=len(split.train),
         num_validation=len(split.validation),
         prompts={name: labels[name] for name in chosen.prompts.domains},
-        unused_prompts={name: chosen.unused[name] for name in chosen.prompts.domains},
+        unsearched_prompts={name: unsearched[name] for name in chosen.prompts.domains},
         routers={kind: _evaluate(best, split.validation, threshold) for kind, best in trained.items()},
         gap=gap,
     )

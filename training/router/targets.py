@@ -3,7 +3,6 @@
 A prompt is one that a domain trains on; what the recipe holds out stays out.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,11 @@ Labelled = tuple[str, str]  # text, label
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChosenPrompts:
-    """The prompts to learn from, where their targets come from, and which labels' prompts had no outcome."""
+    """The prompts to learn from, where their targets come from, and those that were not searched, with their labels."""
 
     kind: TargetKind
     prompts: RouterPrompts
-    unused: Counter[str]
+    unsearched: RouterPrompts
 
 
 def outcomes_to_learn(store: Path, wanted: TargetKind | None) -> StoredOutcomes | None:
@@ -50,7 +49,7 @@ def choose_prompts(
     """The first training prompts of each of the domains, with discovered targets if there are outcomes."""
     labelled = [(record.prompt, name) for name in domains for record in data.domains[name].train[:prompts_per_domain]]
     if outcomes is None:
-        return ChosenPrompts(TargetKind.LABELS, labelled_prompts(labelled, domains), Counter())
+        return ChosenPrompts(TargetKind.LABELS, labelled_prompts(labelled, domains), labelled_prompts([], domains))
     return _discovered(labelled, tuple(domains), outcomes)
 
 
@@ -75,5 +74,5 @@ def _discovered(labelled: Sequence[Labelled], domains: tuple[str, ...], outcomes
         targets=torch.tensor([target_row(outcome, label=label, domains=domains) for _, label, outcome in rows]),
         positive=torch.tensor([positive_row(outcome, domains) for _, _, outcome in rows]),
     )
-    unused = Counter(label for sha, label in unique if (sha, label) not in found)
-    return ChosenPrompts(TargetKind.DISCOVERED, prompts, unused)
+    unsearched = [(text, label) for (sha, label), text in unique.items() if (sha, label) not in found]
+    return ChosenPrompts(TargetKind.DISCOVERED, prompts, labelled_prompts(unsearched, domains))

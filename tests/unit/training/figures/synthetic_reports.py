@@ -166,7 +166,7 @@ def router_report(draw: random.Random, domains: Sequence[str]) -> RouterReport:
         num_train=90,
         num_validation=10,
         prompts=dict.fromkeys(domains, 50),
-        unused_prompts=dict.fromkeys(domains, 0),
+        unsearched_prompts=dict.fromkeys(domains, 0),
         routers={kind: _router_evaluation(draw, domains) for kind in TargetKind},
         gap=GapReport(threshold, 0.05, calibration=sides[0], check=sides[1]),
     )

@@ -1,6 +1,5 @@
 """Records become prompts with labels or with what was discovered of them."""
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -43,10 +42,10 @@ def test_without_outcomes_the_first_prompts_have_their_labels() -> None:
         ["a", "b", "d"],
         ["chat", "chat", "math"],
     )
-    assert chosen.unused == Counter()
+    assert not chosen.unsearched.texts
 
 
-def test_with_outcomes_each_is_a_prompt_and_those_without_are_counted() -> None:
+def test_with_outcomes_each_is_a_prompt_and_those_without_have_their_labels() -> None:
     data = data_of(chat=["a", "b", "b", "c"], math=["a", "d"])
     found = StoredOutcomes(
         DOMAINS,
@@ -64,7 +63,8 @@ def test_with_outcomes_each_is_a_prompt_and_those_without_are_counted() -> None:
     expected = torch.tensor([[1.0, 0.4], [0.2, 0.0], [0.2, 0.8], [0.0, 1.0]])
     torch.testing.assert_close(chosen.prompts.targets, expected)
     assert chosen.prompts.positive.tolist() == [[True, True], [False, False], [False, True], [False, True]]
-    assert chosen.unused == Counter(chat=1, math=1)  # c and d
+    assert (chosen.unsearched.texts, chosen.unsearched.labels) == (["c", "d"], ["chat", "math"])
+    assert chosen.unsearched.targets.tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
 def test_columns_follow_the_order_that_is_asked_for() -> None:
