@@ -9,6 +9,7 @@ the paper's layer.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -27,6 +28,8 @@ PROMPT_TOKENS = 32
 LONG_PROMPT_TOKENS = 512
 PAPER_STACKS = 4
 PAPER_TOKENS = 8  # it is slow
+
+PROMPT_NUMBERS = itertools.count()
 
 Mix = Sequence[tuple[Any, float]]
 
@@ -103,6 +106,7 @@ def runs(engine: Any, domains: list[Any], config: Any, tokens: int) -> dict[str,
     for count in (0, 1):
         mix = [(domain, 1.0) for domain in domains[:count]]
         found[f"engine, prefill of {LONG_PROMPT_TOKENS}, {count} domains"] = partial(prefill_speed, engine, mix)
+    found["engine, first token with a known prefix, of that without"] = partial(reuse_ratio, engine, mixed[1])
     found[f"transformers, prefill of {LONG_PROMPT_TOKENS}, base"] = partial(peer_prefill_speed, peer.model)
     return found
 
@@ -171,14 +175,31 @@ def engine_speed(engine: Any, tokens: int, mixes: Sequence[Mix]) -> float:
 
 
 def prefill_speed(engine: Any, mix: Mix) -> float:
-    """Prompt tokens per second of one request alone."""
+    """Prompt tokens per second of one request alone, whose prompt begins like no other."""
+    return LONG_PROMPT_TOKENS / first_token_seconds(engine, mix, new_prompt())
+
+
+def reuse_ratio(engine: Any, mix: Mix) -> float:
+    """Time to the first token of a prompt whose first 512 tokens were read before, of that without."""
+    prompt = new_prompt()
+    first = first_token_seconds(engine, mix, prompt)
+    return first_token_seconds(engine, mix, [*prompt, 50]) / first
+
+
+def new_prompt() -> list[int]:
+    """LONG_PROMPT_TOKENS tokens, no two prompts with the same beginning."""
+    start = next(PROMPT_NUMBERS)
+    return [1000 + start, *range(100, 99 + LONG_PROMPT_TOKENS)]
+
+
+def first_token_seconds(engine: Any, mix: Mix, prompt: Sequence[int]) -> float:
+    """Seconds from the start of a request to its first token."""
     from engine.types import SamplingParams
     from tests.engines import Client, collect
 
-    prompt = range(100, 100 + LONG_PROMPT_TOKENS)
     finished = collect(Client(engine).submit(prompt, SamplingParams(max_tokens=1, temperature=0.0), mix)[1]).finished
     assert finished is not None
-    return LONG_PROMPT_TOKENS / finished.seconds["prefill"]
+    return finished.seconds["prefill"]
 
 
 def processor_name() -> str:
@@ -193,6 +214,9 @@ def print_table(result: dict[str, Any]) -> None:
     speeds = result["tokens_per_second"]
     print(f"{'tokens/s':56} {'median':>8} {'min':>8} {'max':>8} {'of base':>8}")
     for name, value in speeds.items():
+        if "known prefix" in name:
+            print(f"{name:56} {value['median']:8.3f} {value['min']:8.3f} {value['max']:8.3f}")
+            continue
         rows = name.rpartition(", ")[2]
         alone = f"engine, 0 domains, {rows}"
         if "prefill" in name:

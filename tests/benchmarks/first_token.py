@@ -9,6 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,6 @@ def router_share(engine: Any, registry: Any, rounds: int) -> dict[str, float]:
     path = registry.router_path()
     assert path is not None
     checkpoint = RouterCheckpoint.load(path, base_fingerprint=base.fingerprint)
-    text_ids = base.tokenizer(QUESTION * 20, add_special_tokens=False)["input_ids"][: checkpoint.settings.max_tokens]
-    text = base.tokenizer.decode(text_ids)
     passes: list[float] = []
 
     def timed_pass(ids: Sequence[int]) -> Any:
@@ -92,13 +91,16 @@ def router_share(engine: Any, registry: Any, rounds: int) -> dict[str, float]:
         return states
 
     router = Router.from_checkpoint(checkpoint, tokenizer=base.tokenizer, hidden_states=timed_pass)
-    prompt = base.tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-    )
     routing, prefill = [], []
-    for _ in range(rounds + 1):
+    for number in range(rounds + 1):
+        # Another beginning each time, or the engine would know the prompt.
+        text = f"{number} {number + 1} {QUESTION * 20}"
+        text_ids = base.tokenizer(text, add_special_tokens=False)["input_ids"][: checkpoint.settings.max_tokens]
+        text = base.tokenizer.decode(text_ids)
+        messages = [{"role": "system", "content": f"{number}"}, {"role": "user", "content": text}]
+        prompt = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         started = time.perf_counter()
-        engine.run_on_device(lambda: router.route(text)).result()
+        engine.run_on_device(partial(router.route, text)).result()
         routing.append(time.perf_counter() - started)
         events = Client(engine).submit(prompt, SamplingParams(max_tokens=1, temperature=0.0))[1]
         finished = collect(events).finished
