@@ -34,7 +34,7 @@ from engine.types import (
 
 logger = logging.getLogger(__name__)
 
-FUSED_PROMPT_TOKENS = 12  # beside one stream, such a step takes two to three times as long as one without them
+FUSED_PROMPT_TOKENS = 12  # beside one stream, such a step takes three to five times as long as one without them
 IDLE_WAIT_SECONDS = 0.5  # how often an idle engine shows that it is alive
 PROMPT_LOGITS_ROWS = 64  # positions whose logits over the whole vocabulary are in memory at once
 
