@@ -13,9 +13,11 @@ and key heads, D head size, N cache positions, V vocabulary, J pairs (a token an
 K active experts.
 """
 
+import ctypes
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import carray, njit, prange, types
 from numba.core import cgutils
@@ -33,9 +35,12 @@ EXPERTS, RANK, TOP_K = range(3)  # columns of the stacks' shapes
 MID, CHOSEN = 6, 7  # of the buffers that the threads share
 
 
-def widened(value: Any) -> Any:  # pragma: no cover - compiled
+# The next three have two forms: as Python they are what they mean, compiled they are chosen by the types of a call.
+
+
+def widened(value: Any) -> Any:
     """A stored number as float32: bfloat16 travels as uint16."""
-    raise NotImplementedError
+    return value if isinstance(value, np.floating) else np.uint32(int(value) << 16).view(np.float32)
 
 
 @overload(widened, inline="always")
@@ -49,9 +54,11 @@ def _widened(value: Any) -> Any:
     return same if isinstance(value, types.Float) else from_bfloat16
 
 
-def narrowed(value: Any, like: Any) -> Any:  # pragma: no cover - compiled
+def narrowed(value: Any, like: Any) -> Any:
     """A float32 as the array `like` stores it; bfloat16 rounds to nearest, ties to even."""
-    raise NotImplementedError
+    if like.dtype != np.uint16:
+        return value
+    return torch.tensor(float(value)).bfloat16().view(torch.int16).numpy().view(np.uint16)[()]
 
 
 @overload(narrowed, inline="always")
@@ -79,9 +86,9 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(types.intp), codegen
 
 
-def memory_at(address: Any, size: Any, like: Any) -> Any:  # pragma: no cover - compiled
+def memory_at(address: Any, size: Any, like: Any) -> Any:
     """`size` numbers from an address on, of the type that `like` has."""
-    raise NotImplementedError
+    return np.frombuffer((ctypes.c_char * (size * like.itemsize)).from_address(address), like.dtype)
 
 
 @overload(memory_at)
@@ -497,11 +504,16 @@ def _project(
 
 
 @njit(fastmath=FAST, cache=True)
-def _add_rows(out: Any, added: Any) -> None:
-    rows, size = out.shape
+def _add_branch(hidden: Any, added: Any, norms: Any, place: int, eps: float, normed: Any) -> None:
+    """hidden (T, H) += what attention or MLP made of it; where a layer has four norms, through norm `place`."""
+    branch = added
+    if norms.shape[0] == 4:
+        _normed(added, norms[place], eps, normed)
+        branch = normed
+    rows, size = hidden.shape
     for t in range(rows):
         for i in range(size):
-            out[t, i] += added[t, i]
+            hidden[t, i] += branch[t, i]
 
 
 @njit(fastmath=FAST, cache=True)
@@ -527,7 +539,7 @@ def _decode_part(
     num_layers, num_key_heads, _, _ = keys.shape
     num_mlp, group_size = activated.shape[1], scores.shape[2]
     has_stacks = stacks[1].size > 0
-    sandwich = norms.shape[1] == 4
+    before_mlp = norms.shape[1] // 2  # the norms: before attention, [behind it,] before the MLP[, behind it]
     hidden = embedded.copy()  # every thread has its own: to add is cheaper than to wait
     normed = np.empty_like(hidden)
     shapes = stacks[4]
@@ -558,12 +570,8 @@ def _decode_part(
             passed = _wait_for_all(counter, threads, passed)
         _project(thread, threads, o_weight, o_bias, layer, 1, attended, added, stacks, shared)
         passed = _wait_for_all(counter, threads, passed)
-        if sandwich:
-            _normed(added, norms[layer, 1], eps, normed)
-            _add_rows(hidden, normed)
-        else:
-            _add_rows(hidden, added)
-        _normed(hidden, norms[layer, 2 if sandwich else 1], eps, normed)
+        _add_branch(hidden, added, norms[layer], 1, eps, normed)
+        _normed(hidden, norms[layer, before_mlp], eps, normed)
         if has_stacks:
             _choose_experts(thread, threads, layer, 2, normed, stacks, qkv_weight, scratch, shared)
             passed = _wait_for_all(counter, threads, passed)
@@ -578,11 +586,7 @@ def _decode_part(
             passed = _wait_for_all(counter, threads, passed)
         _project(thread, threads, down_weight, down_bias, layer, 3, activated, added, stacks, shared)
         passed = _wait_for_all(counter, threads, passed)
-        if sandwich:
-            _normed(added, norms[layer, 3], eps, normed)
-            _add_rows(hidden, normed)
-        else:
-            _add_rows(hidden, added)
+        _add_branch(hidden, added, norms[layer], 3, eps, normed)
     last_hidden = np.empty((wanted.size, size), np.float32)
     for w in range(wanted.size):
         last_hidden[w] = hidden[wanted[w]]

@@ -8,15 +8,21 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
+from training.cache_file import CacheKind
 from training.data.examples import Example
 from training.discovery.combinations import Combination
 from training.discovery.row_loss import RowLoss
 from training.errors import DiscoveryInvalid
 
-FORMAT_VERSION = 1
+LOSSES = CacheKind(
+    content="losses",
+    table="CREATE TABLE losses (key BLOB PRIMARY KEY, loss_sum REAL NOT NULL, tokens INTEGER NOT NULL) WITHOUT ROWID",
+    version=1,
+    error=DiscoveryInvalid,
+)
 MOST_KEYS = 500  # in one question; sqlite allows 999 parameters everywhere
 LossKey = bytes
 
@@ -47,7 +53,7 @@ class LossCache:
         """The losses that are there."""
         found: dict[LossKey, RowLoss] = {}
         wanted = list(keys)
-        with self._naming_the_file():
+        with LOSSES.naming(self._path):
             for start in range(0, len(wanted), MOST_KEYS):
                 part = wanted[start : start + MOST_KEYS]
                 places = ",".join("?" * len(part))
@@ -61,49 +67,16 @@ class LossCache:
     def put(self, losses: Mapping[LossKey, RowLoss]) -> None:
         """Adds these in one transaction: after a kill all of them are there or none."""
         rows = [(key, loss.loss_sum, loss.tokens) for key, loss in losses.items()]
-        with self._naming_the_file(), self._connection:
+        with LOSSES.naming(self._path), self._connection:
             self._connection.executemany("INSERT OR REPLACE INTO losses VALUES (?, ?, ?)", rows)
-
-    @contextmanager
-    def _naming_the_file(self) -> Iterator[None]:
-        with _naming(self._path):
-            yield
 
 
 @contextmanager
 def open_loss_cache(path: Path) -> Iterator[LossCache]:
     """The cache at `path`, made if it is not there. Raises DiscoveryInvalid that names a damaged or foreign file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _naming(path):
-        connection = sqlite3.connect(path)
-    with closing(connection):
-        with _naming(path):
-            _settle(connection, path)
+    with LOSSES.open(path) as connection:
+        with LOSSES.naming(path):
+            (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if state != "ok":
+            raise DiscoveryInvalid(f"{path}: the cache of losses is damaged: {state}; remove it to measure anew")
         yield LossCache(connection, path)
-
-
-def _settle(connection: sqlite3.Connection, path: Path) -> None:
-    """Makes the table in a new file, and checks an old one."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    if not tables and not version:
-        with connection:
-            connection.execute("BEGIN")
-            connection.execute(
-                "CREATE TABLE losses (key BLOB PRIMARY KEY, loss_sum REAL NOT NULL, tokens INTEGER NOT NULL) "
-                "WITHOUT ROWID"
-            )
-            connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
-    elif version != FORMAT_VERSION:
-        raise DiscoveryInvalid(f"{path}: version {version} of a cache of losses; this build knows {FORMAT_VERSION}")
-    (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if state != "ok":
-        raise DiscoveryInvalid(f"{path}: the cache of losses is damaged: {state}; remove it to measure anew")
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise DiscoveryInvalid(f"{path}: cannot be used as a cache of losses: {error}") from error

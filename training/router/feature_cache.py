@@ -7,16 +7,23 @@ Legend: T tokens, H hidden size of the base.
 import hashlib
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from training.cache_file import CacheKind
 from training.errors import FeaturesInvalid
 
-FORMAT_VERSION = 1
+FEATURES = CacheKind(
+    content="features",
+    table="CREATE TABLE features (key BLOB PRIMARY KEY, width INTEGER NOT NULL, dtype TEXT NOT NULL, "
+    "digest BLOB NOT NULL, content BLOB NOT NULL)",
+    version=1,
+    error=FeaturesInvalid,
+)
 FeatureKey = bytes
 
 
@@ -29,7 +36,7 @@ class FeatureCache:
 
     def get(self, key: FeatureKey) -> Tensor | None:
         """(T, H) float16 or float32, or None. Raises FeaturesInvalid if they are not what was put."""
-        with _naming(self._path):
+        with FEATURES.naming(self._path):
             query = "SELECT width, dtype, digest, content FROM features WHERE key = ?"
             row = self._connection.execute(query, (key,)).fetchone()
         if row is None:
@@ -42,19 +49,14 @@ class FeatureCache:
     def put(self, features: Mapping[FeatureKey, Tensor]) -> None:
         """Adds these in one transaction; they must be as `compact` gives them."""
         rows = [(key, *_row(tensor)) for key, tensor in features.items()]
-        with _naming(self._path), self._connection:
+        with FEATURES.naming(self._path), self._connection:
             self._connection.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?, ?)", rows)
 
 
 @contextmanager
 def open_feature_cache(path: Path) -> Iterator[FeatureCache]:
     """The cache at `path`, made if it is not there. Raises FeaturesInvalid that names a damaged or foreign file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _naming(path):
-        connection = sqlite3.connect(path)
-    with closing(connection):
-        with _naming(path):
-            _settle(connection, path)
+    with FEATURES.open(path) as connection:
         yield FeatureCache(connection, path)
 
 
@@ -68,27 +70,3 @@ def _row(features: Tensor) -> tuple[int, str, bytes, bytes]:
     values = features.numpy()
     content = values.tobytes()
     return values.shape[1], values.dtype.name, hashlib.sha256(content).digest(), content
-
-
-def _settle(connection: sqlite3.Connection, path: Path) -> None:
-    """Makes the table in a new file, and checks an old one."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    if not tables and not version:
-        with connection:
-            connection.execute("BEGIN")
-            connection.execute(
-                "CREATE TABLE features (key BLOB PRIMARY KEY, width INTEGER NOT NULL, dtype TEXT NOT NULL, "
-                "digest BLOB NOT NULL, content BLOB NOT NULL)"
-            )
-            connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
-    elif version != FORMAT_VERSION:
-        raise FeaturesInvalid(f"{path}: version {version} of a cache of features; this build knows {FORMAT_VERSION}")
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise FeaturesInvalid(f"{path}: cannot be used as a cache of features, remove it: {error}") from error

@@ -5,11 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numba import njit
 from torch import Tensor
 
 from engine.model.base import Base, load_base
+from engine.model.fused_kernels import memory_at, narrowed, widened
 from engine.model.fused_step import FusedRow, FusedStep, make_fused_step
 from engine.model.moe_lora import MoeLoraConfig, ServingStack
 from stack_store.format import ProjectionTensors
@@ -184,6 +187,34 @@ def test_equal_logits_choose_the_first_experts_and_no_expert_twice(tiny_base_fol
     [got] = decoded(step, [TEXTS[0]], [{to_serving(base.geometry, config, tied): 1.0}])
     [expected] = decoded(step, [TEXTS[0]], [{to_serving(base.geometry, pair, first_two): 1.0}])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0.0)
+
+
+def narrowed_all(values: Any, out: Any) -> None:
+    for i in range(values.size):
+        out[i] = narrowed(values[i], out)
+
+
+def widened_all(values: Any, out: Any) -> None:
+    for i in range(values.size):
+        out[i] = widened(values[i])
+
+
+def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
+    # Ties to even on both sides, the largest that rounds to infinity, subnormals, and what is no number.
+    special = [1.0 + 2**-8, 1.0 + 3 * 2**-8, 3.4e38, -3.4e38, 1e-40, -0.0, float("inf"), float("-inf"), float("nan")]
+    values = torch.cat([torch.randn(5000) * 100, torch.tensor(special)])
+    expected = values.bfloat16()
+    compiled = np.zeros(len(values), np.uint16)
+    njit(narrowed_all)(values.numpy(), compiled)
+    plain = np.array([narrowed(value, compiled) for value in values.numpy()], np.uint16)
+    for bits in (compiled, plain):
+        got = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    back = np.zeros(len(values), np.float32)
+    njit(widened_all)(compiled, back)
+    torch.testing.assert_close(torch.from_numpy(back), expected.float(), rtol=0, atol=0, equal_nan=True)
+    assert np.array_equal(np.array([widened(bits) for bits in compiled]), back, equal_nan=True)
+    assert memory_at(compiled.ctypes.data, len(values), compiled).tolist() == compiled.tolist()
 
 
 def test_weights_are_held_once(tiny_base_folder: Folder) -> None:
