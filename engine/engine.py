@@ -34,7 +34,9 @@ from engine.types import (
 
 logger = logging.getLogger(__name__)
 
-FUSED_PROMPT_TOKENS = 12  # beside one stream, such a step takes three to five times as long as one without them
+STEP_TOKENS = 512
+FUSED_STEP_TOKENS = 128  # whose activations a core's second-level cache holds; more would not be faster
+FUSED_PROMPT_TOKENS = 12  # beside one stream, such a step takes two to three times as long as one without them
 IDLE_WAIT_SECONDS = 0.5  # how often an idle engine shows that it is alive
 PROMPT_LOGITS_ROWS = 64  # positions whose logits over the whole vocabulary are in memory at once
 
@@ -88,26 +90,29 @@ class Engine:
         max_batch_rows: int,
         max_model_len: int,
         kv_cache_tokens: int,
-        max_step_tokens: int = 512,
+        max_step_tokens: int | None = None,
         prompt_tokens_beside_decode: int | None = None,
         fused_step: bool = True,
     ) -> None:
         """`fused_step` allows the fused step where there is one for the base and the device.
 
-        `prompt_tokens_beside_decode` bounds a step's prompt tokens while others decode; by default it is 12 where there
-        is a fused step, and elsewhere there is no bound but `max_step_tokens`.
+        `max_step_tokens` bounds the tokens of a step, by default to 128 where there is a fused step, or twice
+        `max_batch_rows`, and elsewhere to 512. `prompt_tokens_beside_decode` bounds a step's prompt tokens while others
+        decode; by default it is 12 where there is a fused step, and elsewhere there is no other bound.
         """
         if max_model_len > base.max_positions:
             raise ValueError(f"max_model_len {max_model_len} is more than the base's {base.max_positions} positions")
+        if max_step_tokens is not None and max_step_tokens <= max_batch_rows:
+            raise ValueError(f"max_step_tokens {max_step_tokens} must be more than max_batch_rows {max_batch_rows}")
         if kv_cache_tokens < max_model_len:
             raise ValueError(f"kv_cache_tokens {kv_cache_tokens} does not hold one request of {max_model_len} tokens")
-        if max_step_tokens <= max_batch_rows:
-            raise ValueError(f"max_step_tokens {max_step_tokens} must be more than max_batch_rows {max_batch_rows}")
         self.base = base
         self.max_model_len = max_model_len
         self._runner = Runner(base, num_kv_positions=kv_cache_tokens, fused_step=fused_step)
         if prompt_tokens_beside_decode is None and self._runner.is_fused:
             prompt_tokens_beside_decode = FUSED_PROMPT_TOKENS
+        if max_step_tokens is None:
+            max_step_tokens = max(FUSED_STEP_TOKENS if self._runner.is_fused else STEP_TOKENS, 2 * max_batch_rows)
         self._scheduler = Scheduler(
             KvCache(kv_cache_tokens),
             max_rows=max_batch_rows,

@@ -17,8 +17,6 @@ from engine.model.moe_lora import ServingDeltas, ServingStack, StackPack
 from engine.scheduler import ScheduledRow
 from engine.sequence import Sequence
 
-FUSED_TOKENS = 32  # from here on, large products by the modules are faster than the fused step
-
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
@@ -51,14 +49,15 @@ class Runner:
 
     @property
     def is_fused(self) -> bool:
-        """Whether small steps are fused."""
+        """Whether steps are fused."""
         return self._fused is not None
 
     def run(self, rows: Rows[ScheduledRow], running: Rows[Sequence]) -> StepOutput:
-        """Passes the rows' tokens through the model; where there is a fused step, those that it is faster for."""
+        """Passes the rows' tokens through the model; by the fused step, if there is one and only logits are wanted."""
         if self._fused is None:
             return self._run_modules(rows, running)
-        fused, others = _shared_out(rows)
+        fused = [row for row in rows if not _wants_hidden(row)]
+        others = [row for row in rows if _wants_hidden(row)]
         if not others:
             self.release_pack()
             return self._run_fused(self._fused, fused)
@@ -156,23 +155,8 @@ def _row_spans(rows: Rows[ScheduledRow]) -> list[RowSpan]:
     return spans
 
 
-def _shared_out(rows: Rows[ScheduledRow]) -> tuple[list[ScheduledRow], list[ScheduledRow]]:
-    """The rows of the fused step, and those of the modules: prompts that are long or whose hidden states are wanted."""
-    fused = [row for row in rows if row.num_tokens == 1 and not _wants_hidden(row)]
-    room = FUSED_TOKENS - len(fused)
-    others = []
-    for row in rows:
-        if row.num_tokens == 1 and not _wants_hidden(row):
-            continue
-        if row.num_tokens <= room and not _wants_hidden(row):
-            fused.append(row)
-            room -= row.num_tokens
-        else:
-            others.append(row)
-    return fused, others
-
-
 def _wants_hidden(row: ScheduledRow) -> bool:
+    """Whether the logits of every prompt token will be computed, a few at a time."""
     return row.sequence.request.sampling.prompt_logprobs is not None and row.sequence.num_output == 0
 
 

@@ -1,21 +1,23 @@
 """One step of a whole decoder for a few tokens, each with its own stacks, in one compiled function for CPUs.
 
 Most of a decode step on a CPU is not arithmetic: it is a few thousand small operations. Here they are one call. The
-mathematics is that of transformers' Llama, Mistral, Qwen 2, Qwen 3 and Gemma 3 layers and of `moe_lora.py`;
-activations and sums are float32, weights and cache are as they are stored. Every token is computed by itself, so that
-it depends on its own sequence and stacks only, and a token without stacks costs what the base costs.
+mathematics is that of transformers' Llama, Mistral, Qwen 2, Qwen 3 and Gemma 3 layers and of `moe_lora.py`. Weights and
+cache are as they are stored, what a product reads is rounded to the same type, sums and residuals are float32. Every
+token is computed by itself, in an order of sums that no other token changes: it depends on its own sequence and stacks
+only, bit for bit, and a token without stacks costs what the base costs.
 
 All compiled code is in this one file: numba keeps it on disk and notices a change of the outermost function's file
 only.
 
 Letters: T tokens, Q sequences, W tokens whose logits are wanted, L layers, H hidden size, M MLP size, Hq and Hk query
-and key heads, D head size, N cache positions, V vocabulary, J pairs (a token and one of its stacks), E experts, R rank,
-K active experts.
+and key heads, G query heads of a key head, D head size, N cache positions, V vocabulary, J pairs (a token and one of
+its stacks), E experts, R rank, K active experts.
 """
 
 import ctypes
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
 import torch
 from llvmlite import ir
@@ -26,8 +28,13 @@ from numba.extending import intrinsic, overload
 # Sums may be reordered, which is what vectorising them takes. NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 
-BLOCKED_TOKENS = 8  # from here on, four rows of weights at a time are faster than one
-LANES = 16  # columns are handed out to threads in multiples of this
+VECTOR_BYTES = 64
+LANES = 16  # float32 numbers of a vector; columns are handed out to threads in multiples of it
+BLOCKED_TOKENS = 4  # from here on, two rows of weights at a time are faster than one
+CACHED_TOKENS = 32  # whose activations stay in the nearest cache while a thread's weights pass by
+BLOCKED_PAIRS = 32  # of one stack, that share the reading of its experts
+FETCHED_PAIRS = 4  # up to here, reading a stack's weights is what takes the time
+BLOCKED_QUERIES = 8  # that share one reading of keys and values
 SPINS = 10_000  # of a thread that waits for another, before it lets others have its core
 MEETING_YIELDS = 1_000_000  # about a second
 
@@ -151,100 +158,307 @@ def _wait_for_all(counter: int, threads: int, passed: int) -> int:
     return passed + 1
 
 
-@njit(fastmath=FAST, cache=True, inline="always")
-def _dot(weights: Any, x: Any) -> Any:
-    total = np.float32(0.0)
-    for i in range(x.size):
-        total += widened(weights[i]) * x[i]
-    return total
+_FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_FLOATS, _INTS, _SHORTS = (ir.VectorType(lane, LANES) for lane in (_FLOAT, _INT32, ir.IntType(16)))
+_FIRST, _ZEROS = _INT64(0), ir.Constant(_FLOATS, [0.0] * LANES)
+# As assembly, which numba's own tools have no name for.
+_DOT_PAIRS = ir.InlineAsm(ir.FunctionType(_FLOATS, [_FLOATS] * 3), "vdpbf16ps $3, $2, $0", "=v,0,v,v")
+HAS_DOT_PAIRS = bool(llvm.get_host_cpu_features().get("avx512bf16"))
+llvm.initialize_native_asmparser()
 
 
-@njit(fastmath=FAST, cache=True)
-def _two_dots(weights: Any, x0: Any, x1: Any) -> Any:
-    """Two tokens times one row of weights, which is read once."""
-    s0 = s1 = np.float32(0.0)
-    for i in range(x0.size):
-        w = widened(weights[i])
-        s0 += w * x0[i]
-        s1 += w * x1[i]
-    return s0, s1
+class _Rows:
+    """The rows of a two-dimensional array from the `first`-th on, in generated code; each lies in one piece."""
+
+    def __init__(self, context: Any, builder: Any, array_type: Any, array: Any, first: Any = _FIRST) -> None:
+        view = context.make_array(array_type)(context, builder, array)
+        self._builder = builder
+        self._stride = cgutils.unpack_tuple(builder, view.strides)[0]
+        self._start = builder.add(builder.ptrtoint(view.data, _INT64), builder.mul(first, self._stride))
+        self.num_rows, self.size = cgutils.unpack_tuple(builder, view.shape)
+        self.is_float = isinstance(array_type.dtype, types.Float)
+        self.element_bytes = 4 if self.is_float else 2
+
+    def address(self, row: Any, offset: Any) -> Any:
+        """Of a row's byte."""
+        row = _INT64(row) if isinstance(row, int) else row
+        return self._builder.add(self._builder.add(self._start, self._builder.mul(row, self._stride)), offset)
+
+    def load(self, row: Any, offset: Any, vector_type: Any) -> Any:
+        """As many numbers as the vector has, from a byte of a row on."""
+        loaded = self._builder.load(self._builder.inttoptr(self.address(row, offset), vector_type.as_pointer()))
+        loaded.align = self.element_bytes
+        return loaded
+
+    def load_floats(self, row: Any, column: Any) -> Any:
+        """16 numbers as float32."""
+        offset = self._builder.mul(column, _INT64(self.element_bytes))
+        if self.is_float:
+            return self.load(row, offset, _FLOATS)
+        bits = self._builder.zext(self.load(row, offset, _SHORTS), _INTS)
+        return self._builder.bitcast(self._builder.shl(bits, ir.Constant(_INTS, [16] * LANES)), _FLOATS)
+
+    def store(self, row: Any, offset: Any, value: Any) -> None:
+        """A float32 or a vector of them at a byte of a row."""
+        pointer = self._builder.inttoptr(self.address(row, offset), value.type.as_pointer())
+        self._builder.store(value, pointer).align = self.element_bytes
 
 
-@njit(fastmath=FAST, cache=True)
-def _four_dots(w0: Any, w1: Any, w2: Any, w3: Any, x: Any) -> Any:
-    """x (I,) times four rows of weights, which share one reading of x."""
-    s0 = s1 = s2 = s3 = np.float32(0.0)
-    for i in range(x.size):
-        v = x[i]
-        s0 += widened(w0[i]) * v
-        s1 += widened(w1[i]) * v
-        s2 += widened(w2[i]) * v
-        s3 += widened(w3[i]) * v
-    return s0, s1, s2, s3
+def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    function_type = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, "llvm.fma.v16f32"), [x, y, z])
 
 
-@njit(fastmath=FAST, cache=True)
-def _sixteen_dots(w0: Any, w1: Any, w2: Any, w3: Any, x: Any, out: Any) -> None:
-    """out (4, 4) = x (4, I) times four rows of weights: sixteen sums stay in registers, for eight readings."""
-    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0.0)
-    c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = np.float32(0.0)
-    for i in range(x0.size):
-        v0, v1, v2, v3 = widened(w0[i]), widened(w1[i]), widened(w2[i]), widened(w3[i])
-        y0, y1, y2, y3 = x0[i], x1[i], x2[i], x3[i]
-        a0 += v0 * y0
-        a1 += v1 * y0
-        a2 += v2 * y0
-        a3 += v3 * y0
-        b0 += v0 * y1
-        b1 += v1 * y1
-        b2 += v2 * y1
-        b3 += v3 * y1
-        c0 += v0 * y2
-        c1 += v1 * y2
-        c2 += v2 * y2
-        c3 += v3 * y2
-        d0 += v0 * y3
-        d1 += v1 * y3
-        d2 += v2 * y3
-        d3 += v3 * y3
-    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = a0, a1, a2, a3
-    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = b0, b1, b2, b3
-    out[2, 0], out[2, 1], out[2, 2], out[2, 3] = c0, c1, c2, c3
-    out[3, 0], out[3, 1], out[3, 2], out[3, 3] = d0, d1, d2, d3
+def _add_dots(builder: Any, totals: Any, weights: Any, x: Any, is_float: bool, dot_pairs: bool) -> Any:
+    """totals (16,) += 64 bytes of weights times 64 bytes of x; of bfloat16 two products go into each total."""
+    if is_float:
+        return _fma(builder, weights, x, totals)
+    if dot_pairs:
+        return builder.call(_DOT_PAIRS, [totals, weights, x])
+    bits = [builder.bitcast(numbers, _INTS) for numbers in (weights, x)]
+    low = [builder.bitcast(builder.shl(b, ir.Constant(_INTS, [16] * LANES)), _FLOATS) for b in bits]
+    high = [builder.bitcast(builder.and_(b, ir.Constant(_INTS, [0xFFFF0000] * LANES)), _FLOATS) for b in bits]
+    return _fma(builder, *low, _fma(builder, *high, totals))
 
 
-@njit(fastmath=FAST, cache=True)
+def _sums(builder: Any, vectors: list[Any]) -> Any:
+    """The sums of up to 16 vectors, one in each lane. Adds lanes 8 apart, then 4, 2 and 1, however many vectors."""
+    width = LANES // 2
+    vectors = [vectors[min(number, len(vectors) - 1)] for number in range(LANES)]
+    while width:
+        starts = [side + start for start in range(0, LANES, 2 * width) for side in (0, LANES)]
+        parts = [[start + lane + half for start in starts for lane in range(width)] for half in (0, width)]
+        masks = [ir.Constant(_INTS, part) for part in parts]
+        pairs = list(zip(vectors[: len(vectors) // 2], vectors[len(vectors) // 2 :], strict=True))
+        vectors = [builder.fadd(*(builder.shuffle_vector(*pair, mask) for mask in masks)) for pair in pairs]
+        width //= 2
+    return vectors[0]
+
+
+def make_tile(num_rows: int, num_tokens: int, *, ahead: bool = False, dot_pairs: bool = HAS_DOT_PAIRS) -> Any:
+    """A compiled function of (weights (O, I), x (T, I), out (T, O), row, token) with float32 sums.
+
+    out[t, r] = x[t] times weights[r] for a few rows and tokens from `row` and `token` on, over the numbers that fill
+    whole vectors of 64 bytes. All sums stay in registers, and each is made in the same order in every tile. With
+    `ahead`, the weights of the tile after the next are fetched, as they lie in memory: processors foresee one row's
+    reading, but not that of several.
+    """
+
+    @intrinsic
+    def tile(typing_context: Any, weights: Any, x: Any, out: Any, row: Any, token: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            first_row, first_token = arguments[3:]
+            w, v, o = (
+                _Rows(context, builder, array_type, array, first)
+                for array_type, array, first in zip(
+                    signature.args[:3], arguments[:3], (first_row, first_token, first_token), strict=True
+                )
+            )
+            totals = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(num_rows)] for _ in range(num_tokens)]
+            for total in (total for row in totals for total in row):
+                builder.store(_ZEROS, total)
+            whole = builder.and_(builder.mul(w.size, _INT64(w.element_bytes)), _INT64(-VECTOR_BYTES))
+            with cgutils.for_range_slice(builder, _INT64(0), whole, _INT64(VECTOR_BYTES), _INT64) as (offset, _):
+                if ahead:
+                    start = builder.mul(offset, _INT64(num_rows))
+                    for line in range(num_rows):
+                        _prefetch(builder, w.address(2 * num_rows, builder.add(start, _INT64(line * VECTOR_BYTES))))
+                loaded = [w.load(row, offset, _FLOATS) for row in range(num_rows)]
+                for token in range(num_tokens):
+                    of_token = v.load(token, offset, _FLOATS)
+                    for row, total in enumerate(totals[token]):
+                        added = _add_dots(builder, builder.load(total), loaded[row], of_token, w.is_float, dot_pairs)
+                        builder.store(added, total)
+            sums = _sums(builder, [builder.load(total) for row in totals for total in row])
+            for number in range(num_rows * num_tokens):
+                token, row = divmod(number, num_rows)
+                offset = builder.mul(builder.add(first_row, _INT64(row)), _INT64(o.element_bytes))
+                o.store(token, offset, builder.extract_element(sums, _INT32(number)))
+            return context.get_dummy_value()
+
+        return types.none(weights, x, out, types.int64, types.int64), codegen
+
+    return tile
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    pointer_type = ir.IntType(8).as_pointer()
+    function_type = ir.FunctionType(ir.VoidType(), [pointer_type, _INT32, _INT32, _INT32])
+    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0i8")
+    builder.call(function, [builder.inttoptr(address, pointer_type), _INT32(0), _INT32(3), _INT32(1)])
+
+
+@intrinsic
+def _fetch_line(typing_context: Any, address: Any) -> Any:
+    """Asks for 64 bytes of memory without waiting for them."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _prefetch(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.none(types.int64), codegen
+
+
+@njit(cache=True)
+def _fetch(rows: Any) -> None:
+    """Asks for the memory of some rows (N, S) without waiting for it."""
+    for n in range(rows.shape[0]):
+        start = rows[n].ctypes.data
+        for offset in range(0, rows.shape[1] * rows.itemsize, VECTOR_BYTES):
+            _fetch_line(start + offset)
+
+
+_tile_1x1, _tile_1x2, _tile_2x1 = make_tile(1, 1), make_tile(1, 2), make_tile(2, 1)
+_tile_2x4, _tile_2x8 = make_tile(2, 4), make_tile(2, 8)
+_tile_2x4_ahead, _tile_2x8_ahead = make_tile(2, 4, ahead=True), make_tile(2, 8, ahead=True)
+
+
+def _make_weighted_sum(num_outputs: int, num_vectors: int) -> Any:
+    """A compiled function of (factors (N, P or more), rows (P, S), out, places (N,), n, column).
+
+    out[places[i]] += the sum over p of factors[i, p] times rows[p], in the order of p: for num_outputs of N from `n`
+    on, and num_vectors times 16 columns from `column` on.
+    """
+
+    @intrinsic
+    def weighted_sum(typing_context: Any, factors: Any, rows: Any, out: Any, places: Any, n: Any, column: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            first, first_column = arguments[4:]
+            starts = first, _INT64(0), _INT64(0)
+            f, r, o = (
+                _Rows(context, builder, *of) for of in zip(signature.args[:3], arguments[:3], starts, strict=True)
+            )
+            numbers = builder.gep(context.make_array(places)(context, builder, arguments[3]).data, [first])
+            outputs = [builder.load(builder.gep(numbers, [_INT64(number)])) for number in range(num_outputs)]
+            columns = [builder.add(first_column, _INT64(LANES * vector)) for vector in range(num_vectors)]
+            totals = [[cgutils.alloca_once(builder, _FLOATS) for _ in columns] for _ in range(num_outputs)]
+            for output, row in zip(outputs, totals, strict=True):
+                for at, total in zip(columns, row, strict=True):
+                    builder.store(o.load_floats(output, at), total)
+            with cgutils.for_range(builder, r.num_rows) as loop:
+                loaded = [r.load_floats(loop.index, at) for at in columns]
+                for output, row in enumerate(totals):
+                    at = builder.mul(loop.index, _INT64(f.element_bytes))
+                    first = builder.insert_element(_ZEROS, f.load(output, at, _FLOAT), _INT32(0))
+                    factor = builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * LANES))
+                    for numbers, total in zip(loaded, row, strict=True):
+                        builder.store(_fma(builder, factor, numbers, builder.load(total)), total)
+            for output, row in zip(outputs, totals, strict=True):
+                for at, total in zip(columns, row, strict=True):
+                    o.store(output, builder.mul(at, _INT64(o.element_bytes)), builder.load(total))
+            return context.get_dummy_value()
+
+        return types.none(factors, rows, out, places, types.int64, types.int64), codegen
+
+    return weighted_sum
+
+
+_weighted_4x4, _weighted_4x1 = _make_weighted_sum(4, 4), _make_weighted_sum(4, 1)
+_weighted_1x16, _weighted_1x4, _weighted_1x1 = (_make_weighted_sum(1, vectors) for vectors in (16, 4, 1))
+
+
+@njit(cache=True)
+def _add_weighted(factors: Any, rows: Any, out: Any, places: Any) -> None:
+    """out[places] += factors (N, P or more) times rows (P, S), in the order of p; all but the rows float32."""
+    size, num = rows.shape[1], places.size
+    n = 0
+    while n < num:
+        column = 0
+        if n + 4 <= num:
+            together = 4
+            while column + 4 * LANES <= size:
+                _weighted_4x4(factors, rows, out, places, n, column)
+                column += 4 * LANES
+            while column + LANES <= size:
+                _weighted_4x1(factors, rows, out, places, n, column)
+                column += LANES
+        else:
+            together = 1
+            while column + 16 * LANES <= size:
+                _weighted_1x16(factors, rows, out, places, n, column)
+                column += 16 * LANES
+            while column + 4 * LANES <= size:
+                _weighted_1x4(factors, rows, out, places, n, column)
+                column += 4 * LANES
+            while column + LANES <= size:
+                _weighted_1x1(factors, rows, out, places, n, column)
+                column += LANES
+        if column < size:  # what fills no vector
+            for number in range(n, n + together):
+                for row in range(rows.shape[0]):
+                    for at in range(column, size):
+                        out[places[number], at] += factors[number, row] * widened(rows[row, at])
+        n += together
+
+
+@njit(cache=True)
 def _product(weights: Any, first: int, last: int, x: Any, out: Any) -> None:
-    """out[:, first:last] = x times rows `first` to `last` of the weights (O, I); x (T, I)."""
-    tokens = x.shape[0]
-    column = first
-    if tokens >= BLOCKED_TOKENS:
-        while column + 4 <= last:
-            w0, w1, w2, w3 = weights[column], weights[column + 1], weights[column + 2], weights[column + 3]
-            t = 0
-            while t + 4 <= tokens:
-                _sixteen_dots(w0, w1, w2, w3, x[t : t + 4], out[t : t + 4, column : column + 4])
-                t += 4
-            while t < tokens:
-                o = out[t]
-                o[column], o[column + 1], o[column + 2], o[column + 3] = _four_dots(w0, w1, w2, w3, x[t])
-                t += 1
-            column += 4
-    while column < last:  # one row of weights after the other, as they lie in memory
-        row = weights[column]
-        t = 0
-        while t + 2 <= tokens:
-            out[t, column], out[t + 1, column] = _two_dots(row, x[t], x[t + 1])
-            t += 2
-        if t < tokens:
-            out[t, column] = _dot(row, x[t])
-        column += 1
+    """out[:, first:last] = x times rows `first` to `last` of the weights (O, I); x (T, I) of the weights' type."""
+    tokens, size = x.shape
+    for begin in range(0, tokens, CACHED_TOKENS):
+        end = min(begin + CACHED_TOKENS, tokens)
+        row = first
+        if end - begin >= BLOCKED_TOKENS:
+            while row + 2 <= last:
+                if begin + 8 <= end:
+                    _tile_2x8_ahead(weights, x, out, row, begin)
+                    t = begin + 8
+                else:
+                    _tile_2x4_ahead(weights, x, out, row, begin)
+                    t = begin + 4
+                while t + 8 <= end:
+                    _tile_2x8(weights, x, out, row, t)
+                    t += 8
+                if t + 4 <= end:
+                    _tile_2x4(weights, x, out, row, t)
+                    t += 4
+                while t < end:
+                    _tile_2x1(weights, x, out, row, t)
+                    t += 1
+                row += 2
+        while row < last:  # one row of weights after the other, as they lie in memory
+            t = begin
+            while t + 2 <= end:
+                _tile_1x2(weights, x, out, row, t)
+                t += 2
+            if t < end:
+                _tile_1x1(weights, x, out, row, t)
+            row += 1
+    lanes = VECTOR_BYTES // weights.itemsize
+    for i in range(size - size % lanes, size):  # what fills no vector
+        for t in range(tokens):
+            for column in range(first, last):
+                out[t, column] += widened(weights[column, i]) * widened(x[t, i])
+
+
+@njit(fastmath=FAST, cache=True, inline="always")
+def _exp(x: float) -> float:
+    """e to the power of x in float32, so plain that loops of it become vectors: Cephes' expf, to about 2 ulp.
+
+    Beyond what float32 holds it gives the least normal and the largest numbers, of NaN NaN.
+    """
+    x = np.float32(-87.3) if x < np.float32(-87.3) else x
+    x = np.float32(88.7) if x > np.float32(88.7) else x
+    power = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
+    x = x - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
+    y = np.float32(1.9875691500e-4)
+    y = y * x + np.float32(1.3981999507e-3)
+    y = y * x + np.float32(8.3334519073e-3)
+    y = y * x + np.float32(4.1665795894e-2)
+    y = y * x + np.float32(1.6666665459e-1)
+    y = y * x + np.float32(5.0000001201e-1)
+    y = y * x * x + x + np.float32(1.0)
+    # 2 to the power of 128 is no number: two halves of it are.
+    half = np.int32(power) >> np.int32(1)
+    rest = np.int32(power) - half
+    low = np.int32((half + np.int32(127)) << np.int32(23)).view(np.float32)
+    high = np.int32((rest + np.int32(127)) << np.int32(23)).view(np.float32)
+    return y * low * high
 
 
 @njit(fastmath=FAST, cache=True)
 def _normed(x: Any, weight: Any, eps: float, out: Any) -> None:
-    """Root mean square norm of every row (Zhang and Sennrich 2019)."""
+    """Root mean square norm of every row (Zhang and Sennrich 2019), rounded to what `out` stores."""
     rows, size = x.shape
     for t in range(rows):
         squares = np.float32(0.0)
@@ -252,7 +466,7 @@ def _normed(x: Any, weight: Any, eps: float, out: Any) -> None:
             squares += x[t, i] * x[t, i]
         factor = np.float32(1.0) / np.sqrt(squares / np.float32(size) + np.float32(eps))
         for i in range(size):
-            out[t, i] = x[t, i] * factor * weight[i]
+            out[t, i] = narrowed(x[t, i] * factor * weight[i], out)
 
 
 @njit(fastmath=FAST, cache=True)
@@ -278,194 +492,372 @@ def _rotated(x: Any, cos: Any, sin: Any) -> None:
         x[i + half] = high * cos[i + half] + low * sin[i + half]
 
 
-@njit(fastmath=FAST, cache=True)
-def _activated(x: float, is_gelu: bool) -> float:
-    if is_gelu:  # the tanh form
-        inner = np.float32(0.7978845608028654) * (x + np.float32(0.044715) * x * x * x)
-        return np.float32(0.5) * x * (np.float32(1.0) + np.tanh(inner))
-    return x / (np.float32(1.0) + np.exp(-x))
+@njit(fastmath=FAST, cache=True, inline="always")
+def _gelu(x: float) -> float:
+    """The tanh form."""
+    inner = np.float32(0.7978845608028654) * (x + np.float32(0.044715) * x * x * x)
+    return x - x / (_exp(inner + inner) + np.float32(1.0))
+
+
+@njit(fastmath=FAST, cache=True, inline="always")
+def _silu(x: float) -> float:
+    return x / (np.float32(1.0) + _exp(-x))
 
 
 @njit(fastmath=FAST, cache=True)
-def _attended(
-    head: int,
-    group: int,
-    qkv: Any,
-    norms: Any,
-    cos: Any,
-    sin: Any,
-    keys: Any,
-    values: Any,
-    start: int,
-    past: int,
-    window: int,
-    eps: float,
-    scaling: float,
-    scores: Any,
-    out: Any,
+def _activate(gate: Any, up: Any, is_gelu: bool, out: Any) -> None:
+    """out = the activation of `gate`, times `up`."""
+    if is_gelu:
+        for i in range(gate.size):
+            out[i] = narrowed(_gelu(gate[i]) * up[i], out)
+    else:
+        for i in range(gate.size):
+            out[i] = narrowed(_silu(gate[i]) * up[i], out)
+
+
+@njit(fastmath=FAST, cache=True)
+def _copy(source: Any, target: Any) -> None:
+    for i in range(source.size):
+        target[i] = narrowed(source[i], target)
+
+
+@njit(fastmath=FAST, cache=True)
+def _place_heads(
+    head: int, qkv: Any, norms: Any, cos: Any, sin: Any, key_place: Any, value_place: Any, eps: float, queries: Any
 ) -> None:
-    """One row and one key head: writes its key and value into the cache and attends with the head's queries.
+    """One token and one key head: its key and value into the cache, and its queries behind each other.
 
-    qkv (Hq D + 2 Hk D,), norms (2, D or 0), cos and sin (D,), keys and values (N, D), scores (G, longest), out (Hq D,).
+    qkv (Hq D + 2 Hk D,), norms (2, D or 0), cos and sin (D,), the places in the cache (D,), queries (G, D).
     """
-    size = keys.shape[1]
-    num_queries = out.size
-    num_keys = (qkv.size - num_queries) // 2
-    key = qkv[num_queries + head * size : num_queries + (head + 1) * size]
+    group, size = queries.shape
+    num_heads = qkv.size // size  # of queries, keys and values: Hk (G + 2)
+    num_key_heads = num_heads // (group + 2)
+    key_at = (num_key_heads * group + head) * size
+    key = qkv[key_at : key_at + size]
     _normed_head(key, norms[1], eps)
     _rotated(key, cos, sin)
-    value_at = num_queries + num_keys + head * size
-    for i in range(size):
-        keys[start + past, i] = narrowed(key[i], keys)
-        values[start + past, i] = narrowed(qkv[value_at + i], values)
-    first = 0 if window == 0 else max(0, past + 1 - window)
+    _copy(key, key_place)
+    value_at = key_at + num_key_heads * size
+    _copy(qkv[value_at : value_at + size], value_place)
     for g in range(group):
         query = qkv[(head * group + g) * size : (head * group + g + 1) * size]
         _normed_head(query, norms[0], eps)
         _rotated(query, cos, sin)
-        for i in range(size):
-            query[i] *= np.float32(scaling)
-        largest = np.float32(-np.inf)
-        for m in range(first, past + 1):
-            score = _dot(keys[start + m], query)
-            scores[g, m] = score
-            largest = max(largest, score)
-        total = np.float32(0.0)
-        for m in range(first, past + 1):
-            share = np.exp(scores[g, m] - largest)
-            scores[g, m] = share
-            total += share
-        output = out[(head * group + g) * size : (head * group + g + 1) * size]
-        for i in range(size):
-            output[i] = np.float32(0.0)
-        for m in range(first, past + 1):
-            share = scores[g, m] / total
-            value = values[start + m]
-            for i in range(size):
-                output[i] += share * widened(value[i])
+        _copy(query, queries[g])
+
+
+@intrinsic
+def _maxima(typing_context: Any, numbers: Any, vectors: Any, out: Any) -> Any:
+    """out (16,) = the largest number in each lane of some vectors of float32. May overlook a NaN.
+
+    Generated because a loop that finds a maximum is not made of vectors by itself.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start, target = (
+            builder.ptrtoint(context.make_array(array_type)(context, builder, array).data, _INT64)
+            for array_type, array in ((numbers, arguments[0]), (out, arguments[2]))
+        )
+        pointer_type, largest = _FLOATS.as_pointer(), cgutils.alloca_once(builder, _FLOATS)
+        builder.store(ir.Constant(_FLOATS, [-np.inf] * LANES), largest)
+        with cgutils.for_range(builder, arguments[1]) as loop:
+            address = builder.add(start, builder.mul(loop.index, _INT64(VECTOR_BYTES)))
+            loaded, before = builder.load(builder.inttoptr(address, pointer_type)), builder.load(largest)
+            loaded.align = 4
+            is_larger = builder.fcmp_ordered(">", loaded, before)
+            builder.store(builder.select(is_larger, loaded, before), largest)
+        builder.store(builder.load(largest), builder.inttoptr(target, pointer_type)).align = 4
+        return context.get_dummy_value()
+
+    return types.none(numbers, types.int64, out), codegen
+
+
+@njit(cache=True)
+def _largest(numbers: Any, scratch: Any) -> float:
+    """The largest number; scratch (16,). May overlook a NaN, which the sum of a softmax does not."""
+    vectors = numbers.size // LANES
+    _maxima(numbers, vectors, scratch)
+    largest = scratch[0]
+    for lane in range(1, LANES):
+        largest = max(largest, scratch[lane])
+    for i in range(vectors * LANES, numbers.size):
+        largest = max(largest, numbers[i])
+    return largest
 
 
 @njit(fastmath=FAST, cache=True)
+def _exponentials(scores: Any, scaling: float, scratch: Any) -> float:
+    """Replaces scores by what a softmax divides by their sum, which it returns."""
+    largest, total = _largest(scores, scratch), np.float32(0.0)
+    for i in range(scores.size):
+        share = _exp((scores[i] - largest) * scaling)
+        scores[i] = share
+        total += share
+    return total
+
+
+@njit(fastmath=FAST, cache=True)
+def _attend(
+    first: int,
+    queries: Any,
+    group: int,
+    pasts: Any,
+    window: int,
+    keys: Any,
+    values: Any,
+    scaling: float,
+    scratch: Any,
+    out: Any,
+) -> None:
+    """Some queries of one sequence and key head, from the first-th on, over what each sees.
+
+    queries (n, D); pasts and out (T, G D) of the sequence's tokens, of which query q belongs to the (q // G)-th; keys
+    and values (the sequence's positions, D).
+    """
+    num, size = queries.shape
+    scores, sums, numbers, lanes = scratch
+    last_past, begin = pasts[(first + num - 1) // group], 0
+    if window:
+        begin = max(0, pasts[first // group] + 1 - window)
+    end = last_past + 1
+    _product(keys[begin:end], 0, end - begin, queries, scores)
+    sums[:num] = np.float32(0.0)
+    for n in range(num):
+        past = pasts[(first + n) // group]
+        low = max(0, past + 1 - window) - begin if window else 0
+        high = past + 1 - begin
+        total = _exponentials(scores[n, low:high], scaling, lanes)
+        scores[n, :low] = np.float32(0.0)
+        scores[n, high : end - begin] = np.float32(0.0)
+        for m in range(low, high):
+            scores[n, m] /= total
+    _add_weighted(scores, values[begin:end], sums, numbers[:num])
+    for n in range(num):
+        token, g = (first + n) // group, (first + n) % group
+        _copy(sums[n], out[token, g * size : (g + 1) * size])
+
+
+@njit(cache=True)
+def _num_blocks(first_tokens: Any, group: int, queries: int) -> int:
+    """Blocks of queries of one key head in a step."""
+    num_blocks = 0
+    for sequence in range(first_tokens.size - 1):
+        num_queries = (first_tokens[sequence + 1] - first_tokens[sequence]) * group
+        num_blocks += (num_queries + queries - 1) // queries
+    return num_blocks
+
+
+@njit(cache=True)
+def _attend_part(
+    thread: int,
+    threads: int,
+    tokens: Any,
+    keys: Any,
+    values: Any,
+    window: int,
+    scaling: float,
+    queries: Any,
+    scratch: Any,
+    attended: Any,
+) -> None:
+    """A thread's share of a layer's attention. queries (Hk, T G, D), keys and values (Hk, N, D), attended (T, Hq D)."""
+    _, _, _, pasts, first_tokens, starts, _ = tokens
+    num_key_heads, _, size = queries.shape
+    group = queries.shape[1] // pasts.size
+    # Few sequences: small blocks, so that no thread waits long for another.
+    is_many = _num_blocks(first_tokens, group, BLOCKED_QUERIES) * num_key_heads >= 4 * threads
+    block = BLOCKED_QUERIES if is_many else 1
+    item = 0
+    for sequence in range(first_tokens.size - 1):
+        begin, end = first_tokens[sequence], first_tokens[sequence + 1]
+        start, length = starts[sequence], pasts[end - 1] + 1
+        for head in range(num_key_heads):
+            for first in range(0, (end - begin) * group, block):
+                item += 1
+                if item % threads != thread:
+                    continue
+                last = min(first + block, (end - begin) * group)
+                _attend(
+                    first, queries[head, begin * group + first : begin * group + last], group, pasts[begin:end],
+                    window, keys[head, start : start + length], values[head, start : start + length], scaling,
+                    scratch, attended[begin:end, head * group * size : (head + 1) * group * size],
+                )  # fmt: skip
+
+
+@njit(cache=True)
+def _likeliest(logits: Any, experts: Any) -> None:
+    """The experts of a gate's largest logits, the likeliest first; of equal ones the first is the likelier."""
+    for k in range(experts.size):
+        best = -1
+        for e in range(logits.size):
+            is_taken = False
+            for before in range(k):
+                is_taken |= experts[before] == e
+            if not is_taken and (best < 0 or logits[e] > logits[best]):
+                best = e
+        experts[k] = best
+
+
+@njit(cache=True)
+def _pairs_of_expert(chosen: Any, first_place: int, last_place: int, expert: int, pairs: Any, places: Any) -> int:
+    """How many pairs chose an expert at these places; chosen (J, K). Writes which ones, and where."""
+    count = 0
+    for pair in range(chosen.shape[0]):
+        for place in range(first_place, last_place):
+            if chosen[pair, place] == expert:
+                pairs[count], places[count] = pair, place
+                count += 1
+    return count
+
+
+@njit(cache=True)
+def _rows_at(memory: Any, num: int, size: int) -> Any:
+    return memory[: num * size].reshape((num, size))
+
+
+@njit(cache=True)
+def _gather(rows: Any, places: Any, out: Any) -> None:
+    """out = rows[places]."""
+    for n in range(places.size):
+        source, target = rows[places[n]], out[n]
+        for i in range(source.size):
+            target[i] = source[i]
+
+
+@njit(cache=True)
 def _expert_products(
     x: Any,
-    pair: int,
+    block: int,
     layer: int,
     group: int,
     member: int,
-    places: Any,
+    first_place: int,
+    last_place: int,
+    stacks: Any,
+    scratch: Any,
+    shared: Any,
+) -> None:
+    """The gates of one projection for a block of pairs, and A products of their experts, times gate and scale.
+
+    x (T, I). Of each pair's chosen experts those from `first_place` to `last_place`. Writes the experts, and their
+    products (R,) each.
+    """
+    block_start, pair_stack, pair_token, pair_weight, shapes, addresses, _, _ = stacks
+    first, last = block_start[block], block_start[block + 1]
+    stack, num, size = pair_stack[first], last - first, x.shape[1]
+    experts, rank, top_k = shapes[stack, EXPERTS], shapes[stack, RANK], shapes[stack, TOP_K]
+    mid, chosen = shared[MID][first:last, member], shared[CHOSEN][first:last, member]
+    factors, dots, pairs, places, picked, memory, memory_of_expert = scratch
+    gates, num_rows = experts * rank, experts * rank + experts
+    address = addresses[stack, layer, group, 0] + member * num_rows * size * x.itemsize
+    weights = memory_at(address, num_rows * size, x).reshape((num_rows, size))
+    tokens = x[pair_token[first] : pair_token[first] + num]
+    if pair_token[last - 1] - pair_token[first] != num - 1:  # not one behind the other
+        tokens = _rows_at(memory, num, size)
+        _gather(x, pair_token[first:last], tokens)
+    _product(weights, gates, num_rows, tokens, dots)
+    for n in range(num):
+        logits = dots[n, gates:num_rows]
+        _likeliest(logits, picked[:top_k])
+        total = np.float32(0.0)
+        for k in range(top_k):
+            total += _exp(logits[picked[k]] - logits[picked[0]])
+        for k in range(first_place, min(last_place, top_k)):
+            chosen[n, k] = picked[k]
+            factors[n, k] = pair_weight[first + n] * _exp(logits[picked[k]] - logits[picked[0]]) / total
+    for expert in range(experts):
+        count = _pairs_of_expert(chosen, first_place, min(last_place, top_k), expert, pairs, places)
+        if count == 0:
+            continue
+        of_expert = _rows_at(memory_of_expert, count, size)
+        _gather(tokens, pairs[:count], of_expert)
+        begin = expert * rank
+        _product(weights, begin, begin + rank, of_expert, dots)
+        for n in range(count):
+            factor = factors[pairs[n], places[n]]
+            for r in range(rank):
+                mid[pairs[n], places[n], r] = factor * dots[n, begin + r]
+
+
+@njit(cache=True)
+def _choose_experts(
+    thread: int, threads: int, layer: int, group: int, x: Any, stacks: Any, scratch: Any, shared: Any
+) -> None:
+    """A thread's part of the gates and A products of one input group, x (T, I)."""
+    max_top_k, num_members, num_blocks = shared[MID].shape[2], stacks[6][group], stacks[0].size - 1
+    # A gate is computed once for all chosen experts, unless there are too few of them to go round.
+    parts = max_top_k if num_blocks * num_members < 2 * threads else 1
+    for item in range(thread, num_blocks * num_members * parts, threads):
+        block, member, part = item // (num_members * parts), item // parts % num_members, item % parts
+        first_place, last_place = (part, part + 1) if parts > 1 else (0, max_top_k)
+        _expert_products(x, block, layer, group, member, first_place, last_place, stacks, scratch, shared)
+
+
+@njit(cache=True)
+def _fetch_deltas(
+    first: int, last: int, layer: int, group: int, member: int, stacks: Any, like: Any, shared: Any
+) -> None:
+    """Asks for what `_add_deltas` will read, so that it comes while the base's products run."""
+    block_start, pair_stack, _, _, shapes, addresses, _, member_outputs = stacks
+    if pair_stack.size <= FETCHED_PAIRS:
+        return
+    width, fetched = member_outputs[group, member], -1
+    for block in range(block_start.size - 1):
+        begin, end = block_start[block], block_start[block + 1]
+        stack, chosen = pair_stack[begin], shared[CHOSEN][begin:end, member]
+        experts, rank, top_k = shapes[stack, EXPERTS], shapes[stack, RANK], shapes[stack, TOP_K]
+        address = addresses[stack, layer, group, 1 + member]
+        weights = memory_at(address, experts * rank * width, like).reshape((experts * rank, width))
+        if stack == fetched:  # by the block before, which needs the same experts as likely as not
+            continue
+        fetched = stack
+        for expert in range(experts):
+            is_chosen = False
+            for pair in range(end - begin):
+                for place in range(top_k):
+                    is_chosen |= chosen[pair, place] == expert
+            if is_chosen:
+                _fetch(weights[expert * rank : (expert + 1) * rank, first:last])
+
+
+@njit(cache=True)
+def _add_deltas(
+    out: Any,
+    at: int,
+    first: int,
+    last: int,
+    layer: int,
+    group: int,
+    member: int,
     stacks: Any,
     like: Any,
     scratch: Any,
     shared: Any,
 ) -> None:
-    """The gate of one projection and the A products of some of its chosen experts, times gate and scale.
-
-    x (I,). `places` are the first and the last (exclusive) of the chosen experts, the likeliest first; of experts with
-    the same logit the first is the likelier one. Writes the experts, and their products (R,) each.
-    """
-    _, pair_stack, _, pair_weight, shapes, addresses, _, _ = stacks
-    mid, chosen = shared[MID], shared[CHOSEN]
-    logits, likeliest = scratch
-    stack = pair_stack[pair]
-    experts, rank, top_k, size = shapes[stack, EXPERTS], shapes[stack, RANK], shapes[stack, TOP_K], x.size
-    rows = experts * rank + experts
-    address = addresses[stack, layer, group, 0] + member * rows * size * like.itemsize
-    weights = memory_at(address, rows * size, like)
-    for e in range(experts):
-        at = (experts * rank + e) * size
-        logits[e] = _dot(weights[at : at + size], x)
-    for k in range(top_k):
-        best = -1
-        for e in range(experts):
-            is_taken = False
-            for before in range(k):
-                is_taken |= likeliest[before] == e
-            if not is_taken and (best < 0 or logits[e] > logits[best]):
-                best = e
-        likeliest[k] = best
-    total = np.float32(0.0)
-    for k in range(top_k):
-        total += np.exp(logits[likeliest[k]] - logits[likeliest[0]])
-    for place in range(places[0], min(places[1], top_k)):
-        expert = likeliest[place]
-        factor = pair_weight[pair] * np.exp(logits[expert] - logits[likeliest[0]]) / total
-        products = mid[pair, member, place]
-        at = expert * rank * size
-        r = 0
-        while r + 4 <= rank:
-            m0, m1, m2, m3 = _four_dots(
-                weights[at : at + size],
-                weights[at + size : at + 2 * size],
-                weights[at + 2 * size : at + 3 * size],
-                weights[at + 3 * size : at + 4 * size],
-                x,
-            )
-            products[r], products[r + 1] = factor * m0, factor * m1
-            products[r + 2], products[r + 3] = factor * m2, factor * m3
-            r += 4
-            at += 4 * size
-        while r < rank:
-            products[r] = factor * _dot(weights[at : at + size], x)
-            r += 1
-            at += size
-        chosen[pair, member, place] = expert
-
-
-@njit(fastmath=FAST, cache=True)
-def _choose_experts(
-    thread: int, threads: int, layer: int, group: int, x: Any, stacks: Any, like: Any, scratch: Any, shared: Any
-) -> None:
-    """A thread's part of the gates and A products of one input group, x (T, I)."""
-    _, pair_stack, pair_token, _, _, _, members, _ = stacks
-    max_top_k, num_members = shared[MID].shape[2], members[group]
-    num_items = pair_stack.size * num_members
-    # A gate is computed once for all chosen experts, unless there are too few of them to go round.
-    parts = max_top_k if num_items < 2 * threads else 1
-    for item in range(thread, num_items * parts, threads):
-        pair, member, part = item // (num_members * parts), item // parts % num_members, item % parts
-        places = (part, part + 1) if parts > 1 else (0, max_top_k)
-        _expert_products(x[pair_token[pair]], pair, layer, group, member, places, stacks, like, scratch, shared)
-
-
-@njit(fastmath=FAST, cache=True)
-def _add_deltas(
-    out: Any, at: int, first: int, last: int, layer: int, group: int, member: int, stacks: Any, like: Any, shared: Any
-) -> None:
     """out (T, O) += mid B for the columns `first` to `last` of one projection, which begins at column `at`.
 
     Only the chosen experts' rows of B are read.
     """
-    pair_start, pair_stack, _, _, shapes, addresses, _, member_outputs = stacks
-    mid, chosen = shared[MID], shared[CHOSEN]
-    width, columns = member_outputs[group, member], last - first
-    for t in range(out.shape[0]):
-        row = out[t, at + first : at + last]
-        for pair in range(pair_start[t], pair_start[t + 1]):
-            stack = pair_stack[pair]
-            experts, rank, top_k = shapes[stack, EXPERTS], shapes[stack, RANK], shapes[stack, TOP_K]
-            weights = memory_at(addresses[stack, layer, group, 1 + member], experts * rank * width, like)
-            for k in range(top_k):
-                factors = mid[pair, member, k]
-                begin = chosen[pair, member, k] * rank * width + first
-                r = 0
-                while r + 4 <= rank:  # four rows at a time, so that the sums are read and written less often
-                    b0 = weights[begin : begin + columns]
-                    b1 = weights[begin + width : begin + width + columns]
-                    b2 = weights[begin + 2 * width : begin + 2 * width + columns]
-                    b3 = weights[begin + 3 * width : begin + 3 * width + columns]
-                    f0, f1, f2, f3 = factors[r], factors[r + 1], factors[r + 2], factors[r + 3]
-                    for i in range(columns):
-                        low = f0 * widened(b0[i]) + f1 * widened(b1[i])
-                        row[i] += low + (f2 * widened(b2[i]) + f3 * widened(b3[i]))
-                    r += 4
-                    begin += 4 * width
-                while r < rank:
-                    b = weights[begin : begin + columns]
-                    f = factors[r]
-                    for i in range(columns):
-                        row[i] += f * widened(b[i])
-                    r += 1
-                    begin += width
+    block_start, pair_stack, pair_token, _, shapes, addresses, _, member_outputs = stacks
+    _, dots, pairs, places, _, _, _ = scratch
+    width = member_outputs[group, member]
+    columns = out[:, at + first : at + last]
+    for block in range(block_start.size - 1):
+        begin, end = block_start[block], block_start[block + 1]
+        mid, chosen = shared[MID][begin:end, member], shared[CHOSEN][begin:end, member]
+        stack = pair_stack[begin]
+        experts, rank, top_k = shapes[stack, EXPERTS], shapes[stack, RANK], shapes[stack, TOP_K]
+        address = addresses[stack, layer, group, 1 + member]
+        weights = memory_at(address, experts * rank * width, like).reshape((experts * rank, width))
+        for expert in range(experts):
+            count = _pairs_of_expert(chosen, 0, top_k, expert, pairs, places)
+            for n in range(count):
+                for r in range(rank):
+                    dots[n, r] = mid[pairs[n], places[n], r]
+                pairs[n] = pair_token[begin + pairs[n]]
+            if count:
+                rows = weights[expert * rank : (expert + 1) * rank, first:last]
+                _add_weighted(dots, rows, columns, pairs[:count])
 
 
 @njit(cache=True)
@@ -486,6 +878,7 @@ def _project(
     x: Any,
     out: Any,
     stacks: Any,
+    scratch: Any,
     shared: Any,
 ) -> None:
     """A thread's columns of every projection of one input group: out (T, O) = x W + bias + the stacks' deltas."""
@@ -493,23 +886,24 @@ def _project(
     at = 0
     for member in range(members[group]):
         first, last = _share(thread, threads, member_outputs[group, member])
+        _fetch_deltas(first, last, layer, group, member, stacks, weights, shared)
         _product(weights[layer], at + first, at + last, x, out)
         if bias.shape[1]:
             for t in range(out.shape[0]):
                 for column in range(at + first, at + last):
                     out[t, column] += bias[layer, column]
         if pair_stack.size and first < last:
-            _add_deltas(out, at, first, last, layer, group, member, stacks, weights, shared)
+            _add_deltas(out, at, first, last, layer, group, member, stacks, weights, scratch, shared)
         at += member_outputs[group, member]
 
 
 @njit(fastmath=FAST, cache=True)
-def _add_branch(hidden: Any, added: Any, norms: Any, place: int, eps: float, normed: Any) -> None:
+def _add_branch(hidden: Any, added: Any, norms: Any, place: int, eps: float, scratch: Any) -> None:
     """hidden (T, H) += what attention or MLP made of it; where a layer has four norms, through norm `place`."""
     branch = added
     if norms.shape[0] == 4:
-        _normed(added, norms[place], eps, normed)
-        branch = normed
+        _normed(added, norms[place], eps, scratch)
+        branch = scratch
     rows, size = hidden.shape
     for t in range(rows):
         for i in range(size):
@@ -525,74 +919,99 @@ def _decode_part(
     cache: Any,
     decoder: Any,
     stacks: Any,
+    positions: Any,
     shared: Any,
     logits: Any,
 ) -> None:
     """What one of the threads does in a step. All of them walk through the same phases and wait for each other."""
-    embedded, cos, sin, pasts, first_tokens, starts, wanted = tokens
+    embedded, cos, sin, pasts, _, _, wanted = tokens
     keys, values = cache
     qkv_weight, qkv_bias, o_weight, o_bias, gate_up_weight, gate_up_bias, down_weight, down_bias = decoder[:8]
     norms, head_norms, final_norm, head_weight, windows, rope_kinds, eps, scaling, is_gelu = decoder[8:]
-    qkv, scores, attended, gate_up, activated, added, _, _ = shared
+    qkv, queries, attended, gate_up, activated, added, _, _ = shared
     counter = arrivals.ctypes.data
     rows, size = embedded.shape
     num_layers, num_key_heads, _, _ = keys.shape
-    num_mlp, group_size = activated.shape[1], scores.shape[2]
+    num_mlp, group_size = activated.shape[1], queries.shape[1] // rows
     has_stacks = stacks[1].size > 0
     before_mlp = norms.shape[1] // 2  # the norms: before attention, [behind it,] before the MLP[, behind it]
     hidden = embedded.copy()  # every thread has its own: to add is cheaper than to wait
-    normed = np.empty_like(hidden)
+    normed = np.empty(hidden.shape, head_weight.dtype)
+    branch = np.empty_like(hidden)
     shapes = stacks[4]
-    max_experts, max_top_k = 1, 1
+    max_rows, longest = 1, 0
     for stack in range(shapes.shape[0]):
-        max_experts, max_top_k = max(max_experts, shapes[stack, EXPERTS]), max(max_top_k, shapes[stack, TOP_K])
-    scratch = (np.empty(max_experts, np.float32), np.empty(max_top_k, np.int64))
+        max_rows = max(max_rows, shapes[stack, EXPERTS] * (shapes[stack, RANK] + 1))
+    for t in range(rows):
+        longest = max(longest, pasts[t] + 1)
+    _, _, max_top_k, max_rank = shared[MID].shape
+    widest = max(size, num_mlp, attended.shape[1])
+    of_experts = (
+        np.empty((BLOCKED_PAIRS, max_top_k), np.float32),
+        np.empty((BLOCKED_PAIRS, max(max_rows, max_rank)), np.float32),
+        np.empty(BLOCKED_PAIRS, np.int64),
+        np.empty(BLOCKED_PAIRS, np.int64),
+        np.empty(max_top_k, np.int64),
+        np.empty(BLOCKED_PAIRS * widest, head_weight.dtype),
+        np.empty(BLOCKED_PAIRS * widest, head_weight.dtype),
+    )
+    of_attention = (
+        np.empty((BLOCKED_QUERIES, longest), np.float32),
+        np.empty((BLOCKED_QUERIES, keys.shape[3]), np.float32),
+        np.arange(BLOCKED_QUERIES),
+        np.empty(LANES, np.float32),
+    )
     passed = 0
     for layer in range(num_layers):
         _normed(hidden, norms[layer, 0], eps, normed)
         if has_stacks:
-            _choose_experts(thread, threads, layer, 0, normed, stacks, qkv_weight, scratch, shared)
+            _choose_experts(thread, threads, layer, 0, normed, stacks, of_experts, shared)
             passed = _wait_for_all(counter, threads, passed)
-        _project(thread, threads, qkv_weight, qkv_bias, layer, 0, normed, qkv, stacks, shared)
+        _project(thread, threads, qkv_weight, qkv_bias, layer, 0, normed, qkv, stacks, of_experts, shared)
         passed = _wait_for_all(counter, threads, passed)
         kind = rope_kinds[layer]
-        for item in range(thread, (first_tokens.size - 1) * num_key_heads, threads):
-            sequence, head = item // num_key_heads, item % num_key_heads
-            for t in range(first_tokens[sequence], first_tokens[sequence + 1]):  # in order: each reads those before
-                _attended(
-                    head, group_size, qkv[t], head_norms[layer], cos[kind, t], sin[kind, t], keys[layer, head],
-                    values[layer, head], starts[sequence], pasts[t], windows[layer], eps, scaling,
-                    scores[sequence, head], attended[t],
-                )  # fmt: skip
+        for item in range(thread, rows * num_key_heads, threads):
+            t, head = item // num_key_heads, item % num_key_heads
+            position = positions[t]
+            _place_heads(
+                head, qkv[t], head_norms[layer], cos[kind, t], sin[kind, t], keys[layer, head, position],
+                values[layer, head, position], eps, queries[head, t * group_size : (t + 1) * group_size],
+            )  # fmt: skip
+        passed = _wait_for_all(counter, threads, passed)
+        _attend_part(
+            thread, threads, tokens, keys[layer], values[layer], windows[layer], scaling, queries, of_attention,
+            attended,
+        )  # fmt: skip
         passed = _wait_for_all(counter, threads, passed)
         if has_stacks:
-            _choose_experts(thread, threads, layer, 1, attended, stacks, qkv_weight, scratch, shared)
+            _choose_experts(thread, threads, layer, 1, attended, stacks, of_experts, shared)
             passed = _wait_for_all(counter, threads, passed)
-        _project(thread, threads, o_weight, o_bias, layer, 1, attended, added, stacks, shared)
+        _project(thread, threads, o_weight, o_bias, layer, 1, attended, added, stacks, of_experts, shared)
         passed = _wait_for_all(counter, threads, passed)
-        _add_branch(hidden, added, norms[layer], 1, eps, normed)
+        _add_branch(hidden, added, norms[layer], 1, eps, branch)
         _normed(hidden, norms[layer, before_mlp], eps, normed)
         if has_stacks:
-            _choose_experts(thread, threads, layer, 2, normed, stacks, qkv_weight, scratch, shared)
+            _choose_experts(thread, threads, layer, 2, normed, stacks, of_experts, shared)
             passed = _wait_for_all(counter, threads, passed)
-        _project(thread, threads, gate_up_weight, gate_up_bias, layer, 2, normed, gate_up, stacks, shared)
+        _project(thread, threads, gate_up_weight, gate_up_bias, layer, 2, normed, gate_up, stacks, of_experts, shared)
         first, last = _share(thread, threads, num_mlp)  # the same columns of gate and of up are this thread's
         for t in range(rows):
-            for column in range(first, last):
-                activated[t, column] = _activated(gate_up[t, column], is_gelu) * gate_up[t, num_mlp + column]
+            up = gate_up[t, num_mlp + first : num_mlp + last]
+            _activate(gate_up[t, first:last], up, is_gelu, activated[t, first:last])
         passed = _wait_for_all(counter, threads, passed)
         if has_stacks:
-            _choose_experts(thread, threads, layer, 3, activated, stacks, qkv_weight, scratch, shared)
+            _choose_experts(thread, threads, layer, 3, activated, stacks, of_experts, shared)
             passed = _wait_for_all(counter, threads, passed)
-        _project(thread, threads, down_weight, down_bias, layer, 3, activated, added, stacks, shared)
+        _project(thread, threads, down_weight, down_bias, layer, 3, activated, added, stacks, of_experts, shared)
         passed = _wait_for_all(counter, threads, passed)
-        _add_branch(hidden, added, norms[layer], 3, eps, normed)
+        _add_branch(hidden, added, norms[layer], 3, eps, branch)
     last_hidden = np.empty((wanted.size, size), np.float32)
     for w in range(wanted.size):
         last_hidden[w] = hidden[wanted[w]]
-    _normed(last_hidden, final_norm[0], eps, last_hidden)
+    last_normed = np.empty(last_hidden.shape, head_weight.dtype)
+    _normed(last_hidden, final_norm[0], eps, last_normed)
     first, last = _share(thread, threads, head_weight.shape[0])
-    _product(head_weight, first, last, last_hidden, logits)
+    _product(head_weight, first, last, last_normed, logits)
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -622,30 +1041,34 @@ def decode(threads: int, arrivals: Any, tokens: Any, cache: Any, decoder: Any, s
     decoder: weights and biases of the input groups, (L, O, I) and (L, O or 0) of each; norms (L, 2 or 4, H), of query
         and key heads (L, 2, D or 0), the last (1, H); head (V, H); window and rope kind of each layer (L,), window 0:
         none; eps; scaling of queries; whether the activation is gelu.
-    stacks: where a token's pairs begin (T + 1,); stack, token, and weight times scale of each (J,); the stacks' E, R
+    stacks: where blocks of at most BLOCKED_PAIRS pairs of one stack begin, and the last ends; stack, token, and weight
+        times scale of each pair (J,); the stacks' E, R
         and K (stacks, 3); the addresses of `a_and_gate` and of each b (stacks, L, 4, 4); of the input groups the number
         of projections (4,), and outputs of each projection (4, 3).
     """
-    embedded, _, _, pasts, first_tokens, _, _ = tokens
+    embedded, _, _, pasts, first_tokens, starts, _ = tokens
     num_tokens, size = embedded.shape
-    num_key_heads, head_size = cache[0].shape[1], cache[0].shape[3]
-    num_sequences, group_size = first_tokens.size - 1, decoder[2].shape[2] // (num_key_heads * head_size)
+    _, num_key_heads, _, head_size = cache[0].shape
     num_qkv, num_queries, num_mlp = decoder[0].shape[1], decoder[2].shape[2], decoder[6].shape[2]
+    group_size = num_queries // (num_key_heads * head_size)
     num_pairs, shapes = stacks[1].size, stacks[4]
-    max_rank, max_top_k, longest = 1, 1, 0
+    max_rank, max_top_k = 1, 1
     for s in range(shapes.shape[0]):
         max_rank, max_top_k = max(max_rank, shapes[s, RANK]), max(max_top_k, shapes[s, TOP_K])
-    for t in range(num_tokens):
-        longest = max(longest, pasts[t] + 1)
+    positions = np.empty(num_tokens, np.int64)  # in the cache
+    for sequence in range(starts.size):
+        for t in range(first_tokens[sequence], first_tokens[sequence + 1]):
+            positions[t] = starts[sequence] + pasts[t]
+    stored = decoder[0].dtype
     shared = (
         np.empty((num_tokens, num_qkv), np.float32),
-        np.empty((num_sequences, num_key_heads, group_size, longest), np.float32),
-        np.empty((num_tokens, num_queries), np.float32),
+        np.empty((num_key_heads, num_tokens * group_size, head_size), stored),
+        np.empty((num_tokens, num_queries), stored),
         np.empty((num_tokens, 2 * num_mlp), np.float32),
-        np.empty((num_tokens, num_mlp), np.float32),
+        np.empty((num_tokens, num_mlp), stored),
         np.empty((num_tokens, size), np.float32),
         np.empty((num_pairs, 3, max_top_k, max_rank), np.float32),
         np.empty((num_pairs, 3, max_top_k), np.int64),
     )
     for thread in prange(threads):
-        _decode_part(np.int64(thread), threads, arrivals, tokens, cache, decoder, stacks, shared, logits)
+        _decode_part(np.int64(thread), threads, arrivals, tokens, cache, decoder, stacks, positions, shared, logits)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.model.base import Base
 from engine.model.decoder_plan import DecoderPlan, plan_decoder
-from engine.model.fused_kernels import count_together, decode
+from engine.model.fused_kernels import BLOCKED_PAIRS, count_together, decode
 from engine.model.moe_lora import ServingStack
 from stack_store.format import INPUT_GROUPS, Geometry
 
@@ -163,21 +163,28 @@ def _addresses(stack: ServingStack) -> Array:
     return addresses
 
 
-def _pairs(rows: Sequence[FusedRow]) -> tuple[dict[ServingStack, int], tuple[Array, ...]]:
-    """The stacks in use, numbered; where each token's pairs begin (T + 1,); stack, token and weight of each (J,)."""
-    numbers: dict[ServingStack, int] = {}
-    start, stacks, tokens, weights = [0], [], [], []
+def _pairs(rows: Sequence[FusedRow]) -> tuple[list[ServingStack], tuple[Array, ...]]:
+    """The stacks in use; where blocks of their pairs begin and the last ends; stack, token and weight of each (J,).
+
+    A token's pairs are computed in the order of their stacks, which must not depend on the other rows.
+    """
+    uses: dict[ServingStack, list[tuple[int, float]]] = {}
+    token = 0
     for row in rows:
-        in_use = [(stack, weight) for stack, weight in row.mix.items() if weight != 0.0]
-        for _ in row.token_ids:
-            for stack, weight in in_use:
-                stacks.append(numbers.setdefault(stack, len(numbers)))
-                tokens.append(len(start) - 1)
-                weights.append(weight * stack.scale)
-            start.append(len(stacks))
-    return numbers, (
-        np.array(start, np.int64),
-        np.array(stacks, np.int64),
-        np.array(tokens, np.int64),
-        np.array(weights, np.float32),
+        for stack, weight in row.mix.items():
+            if weight != 0.0:
+                tokens = range(token, token + len(row.token_ids))
+                uses.setdefault(stack, []).extend((t, weight * stack.scale) for t in tokens)
+        token += len(row.token_ids)
+    in_use = sorted(uses, key=lambda stack: stack.memory.data_ptr())
+    block_start, pair_stack, pairs = [0], list[int](), list[tuple[int, float]]()
+    for number, stack in enumerate(in_use):
+        pair_stack += [number] * len(uses[stack])
+        pairs += uses[stack]
+        block_start += [*range(block_start[-1] + BLOCKED_PAIRS, len(pairs), BLOCKED_PAIRS), len(pairs)]
+    return in_use, (
+        np.array(block_start, np.int64),
+        np.array(pair_stack, np.int64),
+        np.array([token for token, _ in pairs], np.int64),
+        np.array([weight for _, weight in pairs], np.float32),
     )

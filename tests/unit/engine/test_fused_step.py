@@ -87,6 +87,22 @@ def test_every_row_has_the_logits_of_the_plain_forward(
         torch.testing.assert_close(logits, expected[ends], atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_logits_are_the_same_bits_in_any_company_and_chunks(
+    architecture: str, dtype: str, tiny_base_folder: Folder
+) -> None:
+    base = load(tiny_base_folder(architecture), dtype)
+    stacks, _ = drawn_stacks(base)
+    mixes = [{stacks[i]: weight for i, weight in mix.items()} for mix in MIXES]
+    together = decoded(step_of(base, 4, threads=2), TEXTS, mixes)
+    for text, mix, expected in zip(TEXTS, mixes, together, strict=True):
+        [alone] = decoded(step_of(base, 1), [text], [mix])
+        assert torch.equal(alone, expected)
+        [in_chunks] = decoded(step_of(base, 1), [text], [mix], chunk=5)
+        assert torch.equal(in_chunks, expected[[min(past + 5, len(text)) - 1 for past in range(0, len(text), 5)]])
+
+
 def test_only_wanted_logits_are_computed(tiny_base_folder: Folder) -> None:
     base = load(tiny_base_folder("llama"))
     step = step_of(base, 2)
@@ -122,7 +138,7 @@ def test_bfloat16_is_closer_to_float32_than_the_modules(tiny_base_folder: Folder
     for text, logits in zip(TEXTS, got, strict=True):
         with torch.no_grad():
             exact, modules = (base.model(torch.tensor([text])).logits[0].float() for base in (full, half))
-        assert distance(logits, exact) < 0.5 * distance(modules, exact)
+        assert distance(logits, exact) < 0.75 * distance(modules, exact)
 
 
 def test_stacks_in_bfloat16(tiny_base_folder: Folder) -> None:
