@@ -218,7 +218,7 @@ def _add_dots(builder: Any, totals: Any, weights: Any, x: Any, is_float: bool, d
     bits = [builder.bitcast(numbers, _INTS) for numbers in (weights, x)]
     low = [builder.bitcast(builder.shl(b, ir.Constant(_INTS, [16] * LANES)), _FLOATS) for b in bits]
     high = [builder.bitcast(builder.and_(b, ir.Constant(_INTS, [0xFFFF0000] * LANES)), _FLOATS) for b in bits]
-    return _fma(builder, *low, _fma(builder, *high, totals))
+    return _fma(builder, low[0], low[1], _fma(builder, high[0], high[1], totals))
 
 
 def _sums(builder: Any, vectors: list[Any]) -> Any:
@@ -432,7 +432,7 @@ def _product(weights: Any, first: int, last: int, x: Any, out: Any) -> None:
 
 
 @njit(fastmath=FAST, cache=True, inline="always")
-def _exp(x: float) -> float:
+def _exp(x: Any) -> Any:
     """e to the power of x in float32, so plain that loops of it become vectors: Cephes' expf, to about 2 ulp.
 
     Beyond what float32 holds it gives the least normal and the largest numbers, of NaN NaN.
@@ -586,7 +586,7 @@ def _largest(numbers: Any, scratch: Any) -> float:
 
 
 @njit(fastmath=FAST, cache=True)
-def _exponentials(scores: Any, scaling: float, scratch: Any) -> float:
+def _exponentials(scores: Any, scaling: float, scratch: Any) -> Any:
     """Replaces scores by what a softmax divides by their sum, which it returns."""
     largest, total = _largest(scores, scratch), np.float32(0.0)
     for i in range(scores.size):

@@ -55,14 +55,13 @@ def test_a_product_is_the_same_bits_whatever_tokens_are_beside(size: int, dtype:
 def test_a_tile_with_and_without_dot_product_instructions(dot_pairs: bool, dtype: torch.dtype) -> None:
     tile = make_tile(2, 4, dot_pairs=dot_pairs)
 
-    @njit
     def run(weights: Any, x: Any, out: Any) -> None:
         tile(weights, x, out, 1, 2)
 
     weights, exact_weights = drawn(1, 4, 128, dtype=dtype)
     x, exact_x = drawn(2, 7, 128, dtype=dtype)
     out = np.zeros((7, 4), np.float32)
-    run(weights, x, out)
+    njit(run)(weights, x, out)
     expected = np.zeros((7, 4))
     expected[2:6, 1:3] = exact_x[2:6] @ exact_weights[1:3].T
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-4)
@@ -82,13 +81,12 @@ def test_a_weighted_sum_of_rows(outputs: int, num_rows: int, size: int, dtype: t
 def exponentials(x: Array) -> Array:
     """Of every number, by the kernels' function."""
 
-    @njit
     def run(x: Any, out: Any) -> None:
         for i in range(x.size):
             out[i] = fused_kernels._exp(x[i])
 
     out = np.empty_like(x)
-    run(x, out)
+    njit(run)(x, out)
     return out
 
 
