@@ -1,114 +1,219 @@
-"""Measures a running server with a fixed number of clients, each asking again when it was answered. Knows HTTP only."""
+"""Measures a running server: by clients that ask again when they were answered, or by requests that come at a rate.
+
+Knows HTTP only.
+"""
 
 import asyncio
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
 from typing import Any
 
 import httpx
 
 from server.errors import RequestFailed
 
+FIGURES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99, "max": 1.0}
+OVERLOADED = (429, 503)  # answers of a server that has too much to do: counted, not the end of the run
+
+Mix = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What the requests of one kind ask the server to mix; None leaves it to the router, {} is the base alone."""
+
+    name: str
+    mix: Mix | None
+
 
 @dataclass(frozen=True, slots=True)
 class BenchPlan:
-    """What is asked, how often, and by how many at once."""
+    """What is asked, and when."""
 
     url: str
     api_key: str | None
-    concurrency: int
     requests: int
-    prompt: str
+    prompt: str | None  # None: every prompt is another, of about `prompt_tokens`
+    prompt_tokens: int
     max_tokens: int
-    mix: dict[str, float] | None
+    routes: Sequence[Route]  # taken in turn
+    concurrency: int | None  # clients at once, or
+    rate: float | None  # requests a second, at random times (exponential gaps), however long the answers take
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One answered request."""
+    """One answered request. Seconds count from the moment at which it was due."""
 
+    route: str
     first_token_seconds: float
     seconds: float
+    prompt_tokens: int
+    cached_tokens: int
     completion_tokens: int
+    gaps: Sequence[float]  # seconds between two pieces of the stream
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One request that an overloaded server refused."""
+
+    route: str
+    status: int
 
 
 def run_bench(plan: BenchPlan, on_answer: Callable[[], None]) -> dict[str, Any]:
-    """The figures of a run, with the settings that made them. `on_answer` is called after every request."""
+    """The figures of a run, with the settings that made them. `on_answer` is called after every request.
+
+    Raises RequestFailed if the server cannot be reached, or refuses a request for another reason than being overloaded.
+    """
     began = time.monotonic()
-    samples = asyncio.run(_run_clients(plan, on_answer))
-    return figures_of(plan, samples, time.monotonic() - began)
+    try:
+        answers = asyncio.run(_run(plan, on_answer))
+    except ExceptionGroup as failures:  # one ends all others
+        raise failures.exceptions[0] from None
+    return figures_of(plan, answers, time.monotonic() - began)
 
 
-async def _run_clients(plan: BenchPlan, on_answer: Callable[[], None]) -> list[Sample]:
-    left = iter(range(plan.requests))
-    samples: list[Sample] = []
+def arrivals(requests: int, rate: float, seed: int) -> Iterator[float]:
+    """When each of the requests is due, in seconds: a Poisson process, the same for the same seed."""
+    random, due = Random(seed), 0.0  # noqa: S311 - no secret
+    for _ in range(requests):
+        yield due
+        due += random.expovariate(rate)
+
+
+async def _run(plan: BenchPlan, on_answer: Callable[[], None]) -> list[Sample | Refusal]:
     headers = {"authorization": f"Bearer {plan.api_key}"} if plan.api_key else {}
-    async with httpx.AsyncClient(base_url=plan.url, headers=headers, timeout=600.0) as http:
+    limits = httpx.Limits(max_connections=None)
+    answers: list[Sample | Refusal] = []
+    async with httpx.AsyncClient(base_url=plan.url, headers=headers, timeout=600.0, limits=limits) as http:
 
-        async def run_client() -> None:
-            for _ in left:  # shared, so that each number is asked once
-                samples.append(await _ask(http, plan))
-                on_answer()
+        async def ask(number: int, due: float) -> None:
+            answers.append(await _ask(http, plan, number, due))
+            on_answer()
 
-        await asyncio.gather(*(run_client() for _ in range(plan.concurrency)))
-    return samples
+        if plan.rate is not None:
+            await _ask_at_rate(plan, plan.rate, ask)
+        else:
+            left = iter(range(plan.requests))
+
+            async def run_client() -> None:
+                for number in left:  # shared, so that each number is asked once
+                    await ask(number, time.monotonic())
+
+            async with asyncio.TaskGroup() as clients:
+                for _ in range(plan.concurrency or 1):
+                    clients.create_task(run_client())
+    return answers
 
 
-async def _ask(http: httpx.AsyncClient, plan: BenchPlan) -> Sample:
+async def _ask_at_rate(plan: BenchPlan, rate: float, ask: Callable[[int, float], Any]) -> None:
+    began = time.monotonic()
+    async with asyncio.TaskGroup() as requests:
+        for number, due in enumerate(arrivals(plan.requests, rate, plan.seed)):
+            await asyncio.sleep(max(0.0, began + due - time.monotonic()))
+            requests.create_task(ask(number, began + due))
+
+
+async def _ask(http: httpx.AsyncClient, plan: BenchPlan, number: int, due: float) -> Sample | Refusal:
+    route = plan.routes[number % len(plan.routes)]
+    times: list[float] = []
+    usage: dict[str, Any] = {}
+    try:
+        async with http.stream("POST", "/v1/chat/completions", json=_body(plan, route, number)) as response:
+            if response.status_code in OVERLOADED:
+                return Refusal(route.name, response.status_code)
+            if response.is_error:
+                raise RequestFailed(f"{response.status_code}: {(await response.aread()).decode(errors='replace')}")
+            async for chunk in _chunks(response):
+                if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+                    times.append(time.monotonic())
+                usage = chunk.get("usage") or usage
+    except httpx.HTTPError as error:
+        raise RequestFailed(f"{plan.url}: {error!r}") from error
+    ended = time.monotonic()
+    details = usage.get("prompt_tokens_details") or {}
+    return Sample(
+        route=route.name,
+        first_token_seconds=(times[0] if times else ended) - due,
+        seconds=ended - due,
+        prompt_tokens=usage.get("prompt_tokens", 0),
+        cached_tokens=details.get("cached_tokens", 0),
+        completion_tokens=usage.get("completion_tokens", 0),
+        gaps=[later - earlier for earlier, later in pairwise(times)],
+    )
+
+
+async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in response.aiter_lines():
+        if line.startswith("data: {"):
+            chunk = json.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                raise RequestFailed(chunk["error"]["message"])
+            yield chunk
+
+
+def _body(plan: BenchPlan, route: Route, number: int) -> dict[str, Any]:
+    content = plan.prompt
+    if content is None:  # a common word is one token; the number comes first, so that no two prompts begin alike
+        content = f"{number}" + " and" * max(0, plan.prompt_tokens - 1)
     body: dict[str, Any] = {
-        "messages": [{"role": "user", "content": plan.prompt}],
+        "messages": [{"role": "user", "content": content}],
         "max_tokens": plan.max_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    if plan.mix is not None:
-        body["brainstacks"] = {"mix": plan.mix}
-    began = time.monotonic()
-    first, tokens = None, 0
-    try:
-        async with http.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.is_error:
-                raise RequestFailed(f"{response.status_code}: {(await response.aread()).decode(errors='replace')}")
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                chunk = json.loads(line.removeprefix("data: "))
-                if "error" in chunk:
-                    raise RequestFailed(chunk["error"]["message"])
-                if first is None and chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
-                    first = time.monotonic()
-                if chunk.get("usage"):
-                    tokens = chunk["usage"]["completion_tokens"]
-    except httpx.HTTPError as error:
-        raise RequestFailed(f"{plan.url}: {error!r}") from error
-    ended = time.monotonic()
-    return Sample((first or ended) - began, ended - began, tokens)
+    if route.mix is not None:
+        body["brainstacks"] = {"mix": dict(route.mix)}
+    return body
 
 
-def figures_of(plan: BenchPlan, samples: Sequence[Sample], seconds: float) -> dict[str, Any]:
+def figures_of(plan: BenchPlan, answers: Sequence[Sample | Refusal], seconds: float) -> dict[str, Any]:
+    """What a run of `seconds` showed, in all and by route."""
+    return {
+        "url": plan.url,
+        "load": {"clients": plan.concurrency} if plan.rate is None else {"rate": plan.rate, "seed": plan.seed},
+        "requests": plan.requests,
+        "max_tokens": plan.max_tokens,
+        "seconds": round(seconds, 3),
+        **_summary(answers, seconds),
+        "routes": {
+            route.name: _summary([answer for answer in answers if answer.route == route.name], seconds)
+            for route in plan.routes
+        },
+    }
+
+
+def _summary(answers: Sequence[Sample | Refusal], seconds: float) -> dict[str, Any]:
+    samples = [answer for answer in answers if isinstance(answer, Sample)]
+    refused = Counter(str(answer.status) for answer in answers if isinstance(answer, Refusal))
     tokens = sum(sample.completion_tokens for sample in samples)
-    decode = [
+    per_token = [
         (sample.seconds - sample.first_token_seconds) / (sample.completion_tokens - 1)
         for sample in samples
         if sample.completion_tokens > 1
     ]
     return {
-        "url": plan.url,
-        "concurrency": plan.concurrency,
-        "requests": plan.requests,
-        "max_tokens": plan.max_tokens,
-        "mix": plan.mix,
-        "seconds": round(seconds, 3),
+        "answered": len(samples),
+        "refused": dict(refused),
+        "prompt_tokens": sum(sample.prompt_tokens for sample in samples),
+        "cached_tokens": sum(sample.cached_tokens for sample in samples),
         "completion_tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 3),
         "requests_per_second": round(len(samples) / seconds, 3),
         "first_token_seconds": _spread([sample.first_token_seconds for sample in samples]),
-        "inter_token_seconds": _spread(decode),
+        "token_seconds": _spread(per_token),  # of each request's mean
+        "gap_seconds": _spread([gap for sample in samples for gap in sample.gaps]),
         "request_seconds": _spread([sample.seconds for sample in samples]),
     }
 
@@ -117,6 +222,5 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     if not values:
         return {}
     ordered = sorted(values)
-    shares = {"p50": 0.50, "p95": 0.95, "max": 1.0}
-    spread = {name: round(ordered[round(share * (len(ordered) - 1))], 4) for name, share in shares.items()}
+    spread = {name: round(ordered[round(share * (len(ordered) - 1))], 4) for name, share in FIGURES.items()}
     return {"mean": round(statistics.fmean(ordered), 4), **spread}

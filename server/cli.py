@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -212,31 +212,47 @@ def bench(
     url: UrlOption = None,
     api_key: ApiKeyOption = None,
     config: ConfigOption = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 1,
+    clients: Annotated[
+        int | None,
+        typer.Option(min=1, help="Clients that ask again when they were answered; 1 unless there is a rate."),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Requests a second at random times, however long the answers take."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random times.")] = 0,
     requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 16,
-    prompt: Annotated[str, typer.Option(help="What every client asks.")] = "Write a short story about a lighthouse.",
+    prompt: Annotated[str | None, typer.Option(help="What every request asks; else each prompt is another.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="About how long each prompt is.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
-    mix: MixOption = None,
+    route: Annotated[
+        list[str] | None,
+        typer.Option(help="router, base, or DOMAIN=WEIGHT[,DOMAIN=WEIGHT]; repeated, requests take them in turn."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Measure a running server with a fixed number of clients."""
+    """Measure a running server: throughput, time to first token and per token, in all and by route."""
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
 
     from server.bench import BenchPlan, run_bench
 
+    if clients is not None and rate is not None:
+        _end_usage("--clients and --rate exclude each other")
+    routes = [_parse_route(text) for text in route or ["router"]]
     with _told_plainly(), Progress(console=Console(stderr=True)) as progress:
         url, key = _address(url, config, api_key)
-        weights = _parse_mix(mix) if mix else None
-        plan = BenchPlan(url, key, concurrency, requests, prompt, max_tokens, weights)
+        plan = BenchPlan(url, key, requests, prompt, prompt_tokens, max_tokens, routes, clients, rate, seed)
         task = progress.add_task("asking", total=requests)
         figures = run_bench(plan, lambda: progress.advance(task))
     if not as_json:
-        table = Table("figure", "value")
-        for name, value in figures.items():
-            table.add_row(name, json.dumps(value) if isinstance(value, dict) else str(value))
-        Console().print(table)
+        for name, values in {"all routes": figures, **figures["routes"]}.items():
+            table = Table("figure", "value", title=name)
+            for figure, value in values.items():
+                if figure != "routes":
+                    table.add_row(figure, json.dumps(value) if isinstance(value, dict) else str(value))
+            Console().print(table)
     typer.echo(json.dumps(figures))
 
 
@@ -252,9 +268,22 @@ def _parse_mix(entries: list[str]) -> dict[str, float]:
         try:
             mix[domain] = float(weight)
         except ValueError:
-            typer.secho(f"error: --mix takes DOMAIN=WEIGHT, got {entry!r}", fg="red", err=True)
-            raise typer.Exit(2) from None
+            _end_usage(f"a mix is DOMAIN=WEIGHT, got {entry!r}")
     return mix
+
+
+def _parse_route(text: str) -> Any:
+    """A Route: not named as a type, because its module is imported only here."""
+    from server.bench import Route
+
+    if text == "router":
+        return Route(text, None)
+    return Route(text, {} if text == "base" else _parse_mix(text.split(",")))
+
+
+def _end_usage(message: str) -> NoReturn:
+    typer.secho(f"error: {message}", fg="red", err=True)
+    raise typer.Exit(2) from None
 
 
 def _address(url: str | None, config: Path | None, api_key: str | None) -> tuple[str, str | None]:

@@ -68,12 +68,23 @@ def test_wrong_key_is_said(server: LiveServer, tmp_path: Path) -> None:
     assert "admin key is missing or wrong" in result.stderr
 
 
-def test_bench_prints_figures(server: LiveServer) -> None:
-    result = run(server, "bench", "--requests", "4", "--concurrency", "2", "--max-tokens", "5", "--mix", "math=1")
+def test_bench_prints_figures_in_all_and_by_route(server: LiveServer) -> None:
+    routes = ["--route", "math=1", "--route", "base"]
+    result = run(server, "bench", "--requests", "4", "--clients", "2", "--max-tokens", "5", *routes)
     figures = json.loads(result.stdout.splitlines()[-1])
     assert figures["completion_tokens"] == 20
     assert figures["tokens_per_second"] > 0
-    assert len(server.engine.submitted) == 4
+    assert [figures["routes"][name]["answered"] for name in ("math=1", "base")] == [2, 2]
+    assert sorted(bool(request.mix) for request in server.engine.submitted) == [False, False, True, True]
+    assert len({tuple(request.prompt_ids) for request in server.engine.submitted}) == 4
+
+
+def test_bench_asks_at_a_rate_whatever_the_answers_take(server: LiveServer) -> None:
+    result = run(server, "bench", "--requests", "6", "--rate", "40", "--max-tokens", "3", "--json", "--prompt", "hello")
+    figures = json.loads(result.stdout)
+    assert figures["load"] == {"rate": 40.0, "seed": 0}
+    assert figures["answered"] == 6
+    assert figures["routes"]["router"]["first_token_seconds"]["p99"] > 0
 
 
 def test_refusal_ends_a_bench_and_a_chat(tmp_path: Path) -> None:

@@ -69,9 +69,15 @@ def test_verify_tells_good_files_from_bad(tmp_path: Path) -> None:
 
 
 def test_mistyped_mix_is_named() -> None:
-    result = runner.invoke(app, ["bench", "--mix", "math:1"])
+    result = runner.invoke(app, ["bench", "--route", "math:1"])
     assert result.exit_code == 2
     assert "DOMAIN=WEIGHT, got 'math:1'" in result.stderr
+
+
+def test_two_kinds_of_load_exclude_each_other() -> None:
+    result = runner.invoke(app, ["bench", "--clients", "2", "--rate", "3"])
+    assert result.exit_code == 2
+    assert "--clients and --rate exclude each other" in result.stderr
 
 
 def test_report_is_one_line() -> None:
