@@ -5,9 +5,9 @@ Lives on the event loop. A domain may be replaced or deleted at any await; every
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -109,6 +109,11 @@ class Catalog:
         A router may know domains that are not registered here; these are left out.
         """
         known = self.names()
+        for name in choice.expected:
+            if name not in known:
+                raise DomainNotFound(
+                    f"the request expects {name!r}, which is not a domain of this store: {sorted(known)}"
+                )
         if choice.kind == "auto":
             return {name: weight for name, weight in routed.items() if name in known}
         if choice.kind == "all":
@@ -117,6 +122,24 @@ class Catalog:
             if name not in known:
                 raise DomainNotFound(f"the mix names {name!r}, which is not a domain of this store: {sorted(known)}")
         return {name: weight for name, weight in choice.weights.items() if weight > 0}
+
+    @contextmanager
+    def loading(self, names: Iterable[str]) -> Iterator[None]:
+        """Begins to load registered domains that are likely to be leased next, and keeps them until the block ends.
+
+        What cannot be loaded is left to the lease, which says so.
+        """
+        registered = {entry.name: entry for entry in self.registry.manifest.domains}
+        futures: list[Future[Lease[ResidentDomain]]] = []
+        try:
+            for name in dict.fromkeys(names):
+                if name in registered:
+                    with suppress(LoadFailed, MixTooLarge):
+                        futures.append(self.cache.lease([self.want(registered[name])]))
+            yield
+        finally:
+            for future in futures:
+                release_when_granted(future)
 
     async def lease_mix(self, weights: Mapping[str, float], *, adaptable: bool) -> LeasedMix:
         """Waits until every domain is resident. Cancelling gives everything back.

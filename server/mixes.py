@@ -19,6 +19,7 @@ class MixChoice:
 
     kind: Literal["auto", "base", "all", "explicit"]
     weights: Mapping[str, float] = field(default_factory=dict)
+    expected: tuple[str, ...] = ()  # domains that the client expects of the router
 
 
 def choose_mix(
@@ -30,7 +31,7 @@ def choose_mix(
         return _from_extension(extension)
     if suffix != BASE_SUFFIX and suffix not in domains:
         raise ModelNotFound(f"the model {model!r} does not exist: no domain {suffix!r}", param="model")
-    if extension is not None and (extension.mix is not None or extension.mode is not None):
+    if extension is not None and extension != MixRequest():
         raise InvalidRequest(f"the model {model!r} fixes the mix, so brainstacks must not be set", param="brainstacks")
     return MixChoice("base") if suffix == BASE_SUFFIX else MixChoice("explicit", {suffix: 1.0})
 
@@ -59,4 +60,4 @@ def _from_extension(extension: MixRequest | None) -> MixChoice:
         return MixChoice("auto")
     if extension.mix is not None:
         return MixChoice("explicit", extension.mix)
-    return MixChoice(extension.mode or "auto")
+    return MixChoice(extension.mode or "auto", expected=tuple(extension.expect or ()))

@@ -22,6 +22,7 @@ class Prompt:
 
     token_ids: tuple[int, ...]
     route_text: str
+    earlier_text: str | None = None  # what the request before this one in the conversation was routed by
 
 
 class PromptReader:
@@ -40,7 +41,8 @@ class PromptReader:
         """
         rendered = self._render(messages, add_generation_prompt=add_generation_prompt)
         token_ids = await self.encode(rendered, add_special_tokens=add_special_tokens)
-        return Prompt(token_ids, last_user_text(messages))
+        of_user = [message.text for message in messages if message.role == "user"]
+        return Prompt(token_ids, last_user_text(messages), of_user[-2] if len(of_user) > 1 else None)
 
     async def read_text(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> Prompt:
         """A bare text or its token ids, without a template."""

@@ -7,7 +7,7 @@ no prompt stays in memory.
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,13 @@ class Routing:
         if router is self._router:  # a router that was swapped meanwhile must not be remembered as the new one
             self._routes[digest] = _Remembered(route)
         return route
+
+    def remembered_mix(self, text: str | None) -> Mapping[str, float]:
+        """The mix of a text that was routed before and is remembered, else none."""
+        if self._router is None or text is None:
+            return {}
+        known = self._routes.get(_digest(_readable(self._router, text)))
+        return {} if known is None else known.route.mix
 
     def first_gap(self, text: str) -> str | None:
         """Of a text whose route is a gap, what the router could read; None if it was told before and is remembered."""

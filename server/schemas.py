@@ -125,11 +125,14 @@ class MixRequest(BaseModel):
 
     mix: dict[Text, Annotated[float, Field(ge=0, le=1)]] | None = None
     mode: Literal["auto", "base", "all"] | None = None
+    expect: list[Text] | None = None  # domains to load while the router still reads
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if self.mix is not None and self.mode is not None:
             raise PydanticCustomError("invalid", "takes either mix or mode, not both")
+        if self.expect is not None and (self.mix is not None or self.mode not in (None, "auto")):
+            raise PydanticCustomError("invalid", "takes expect only where the router decides")
         return self
 
 

@@ -106,7 +106,12 @@ class Service:
         prompt, sampling = job.prompts[index], job.samplings[index]
         is_auto = job.choice.kind == "auto"
         began = time.monotonic()
-        route = await self.routing.route(prompt.route_text) if is_auto else NO_ROUTE
+        route = NO_ROUTE
+        if is_auto:
+            # A conversation mostly stays with its domains: they load while the router reads.
+            likely = [*job.choice.expected, *self.routing.remembered_mix(prompt.earlier_text)]
+            with self.catalog.loading(likely):
+                route = await self.routing.route(prompt.route_text)
         if route.gap:
             self._note_gap(prompt.route_text, route)
         return PromptPlan(

@@ -1,5 +1,6 @@
 """Who answers: the router, the request, or the model's name."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from tests.servers import LiveServer, run_live_server, wait_until
 def submitted_mix(server: LiveServer) -> dict[str, float]:
     """The mix that the engine got with its latest request."""
     return {domain.name: weight for domain, weight in server.engine.submitted[-1].mix}
+
+
+def is_resident(server: LiveServer, *domains: str) -> bool:
+    """Whether all these domains are in memory."""
+    entries = server.cache.snapshot().entries
+    return set(domains) <= {entry.key.partition("@")[0] for entry in entries if entry.state != "loading"}
 
 
 def test_router_decides_unless_told_otherwise(server: LiveServer) -> None:
@@ -52,6 +59,50 @@ def test_unknown_domain_in_a_mix_is_named(server: LiveServer, weight: float) -> 
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "domain_not_found"
     assert "'history'" in response.json()["error"]["message"]
+
+
+def test_expected_domains_load_while_the_router_reads(server: LiveServer) -> None:
+    server.engine.may_route.clear()
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(server.chat, "math=0.9", brainstacks={"expect": ["math", "code"]})
+        wait_until(lambda: is_resident(server, "math", "code"), what="they are resident")
+        assert server.router.texts == []
+        server.engine.may_route.set()
+        report = answer.result().json()["brainstacks"]
+    assert report["mix"] == {"chat": 0.2, "math": 0.9}
+    assert report["cold"] == ["chat"]
+    wait_until(lambda: server.cache.snapshot().leased_bytes == 0, what="no byte is leased")
+
+
+def test_domains_of_a_conversation_load_while_the_router_reads_its_next_message(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, budget_domains=2) as server:
+        server.chat("math=0.9")
+        server.chat("x", model="tiny:code")
+        assert not is_resident(server, "math", "chat")
+        server.engine.may_route.clear()
+        turns = [("user", "math=0.9"), ("assistant", "2"), ("user", "math=0.8")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(server.chat, messages=messages)
+            wait_until(lambda: is_resident(server, "math", "chat"), what="they are resident")
+            server.engine.may_route.set()
+            assert answer.result().json()["brainstacks"]["cold"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "message"),
+    [
+        ({"expect": ["history"]}, 404, "expects 'history', which is not a domain"),
+        ({"expect": ["math"], "mode": "base"}, 400, "takes expect only where the router decides"),
+        ({"expect": ["math"], "mix": {"math": 1}}, 400, "takes expect only where the router decides"),
+    ],
+)
+def test_expectation_that_makes_no_sense_is_refused(
+    server: LiveServer, fields: dict[str, Any], status: int, message: str
+) -> None:
+    response = server.chat(brainstacks=fields)
+    assert response.status_code == status
+    assert message in response.json()["error"]["message"]
 
 
 def test_model_and_extension_may_not_both_decide(server: LiveServer) -> None:
