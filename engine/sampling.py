@@ -4,8 +4,9 @@ A row's token depends on its own logits, parameters and random numbers only, so 
 batch. Letters: N rows, V vocabulary.
 """
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -41,29 +42,27 @@ class RowSampler:
         """Tokens produced so far."""
         return self.output_counts.total()
 
-    def adjust(self, logits: Tensor) -> None:
-        """Applies bias, penalties and min_tokens to the row's logits (V,), in place."""
-        params = self.params
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=logits.device)
-            logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-        if params.repetition_penalty != 1.0:
-            ids = torch.tensor(sorted(self.prompt_ids | self.output_counts.keys()), device=logits.device)
-            seen = logits[ids]
-            logits[ids] = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
-        if self.output_counts and (params.presence_penalty or params.frequency_penalty):
-            ids = torch.tensor(list(self.output_counts), device=logits.device)
-            counts = torch.tensor(list(self.output_counts.values()), device=logits.device)
-            logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
-        if self.num_output < params.min_tokens and self.forbidden_before_min:
-            logits[torch.tensor(sorted(self.forbidden_before_min), device=logits.device)] = -torch.inf
+    def repetition(self) -> Mapping[int, float]:
+        """By token that was seen, what its logit is divided or multiplied by."""
+        factor = self.params.repetition_penalty
+        return {} if factor == 1.0 else dict.fromkeys(self.prompt_ids | self.output_counts.keys(), factor)
+
+    def penalties(self) -> Mapping[int, float]:
+        """By token that was produced, what is subtracted from its logit."""
+        presence, frequency = self.params.presence_penalty, self.params.frequency_penalty
+        if not (presence or frequency):
+            return {}
+        return {token: presence + frequency * count for token, count in self.output_counts.items()}
+
+    def forbidden(self) -> Mapping[int, float]:
+        """By token that must not come yet, infinity."""
+        return {} if self.num_output >= self.params.min_tokens else dict.fromkeys(self.forbidden_before_min, math.inf)
 
 
 @torch.inference_mode()
 def sample(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
     """(N, V) float32, N rows -> N token ids, counted in their rows. Changes the logits in place."""
-    for index, row in enumerate(rows):
-        row.adjust(logits[index])
+    adjust(logits, rows)
     tokens = logits.argmax(dim=-1).tolist()
     drawing = [index for index, row in enumerate(rows) if row.params.temperature >= MIN_TEMPERATURE]
     # Apart, because each way of drawing maps the same random number to another token.
@@ -78,6 +77,32 @@ def sample(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
     for row, token in zip(rows, tokens, strict=True):
         row.output_counts[token] += 1
     return tokens
+
+
+def adjust(logits: Tensor, rows: Sequence[RowSampler]) -> None:
+    """Applies bias, penalties and min_tokens to (N, V), in place and in this order, each to all rows at once."""
+    if (named := _named(logits, [row.params.logit_bias for row in rows])) is not None:
+        places, bias = named
+        logits[places] += bias
+    if (named := _named(logits, [row.repetition() for row in rows])) is not None:
+        places, factor = named
+        seen = logits[places]
+        logits[places] = torch.where(seen > 0, seen / factor, seen * factor)
+    for of_rows in ([row.penalties() for row in rows], [row.forbidden() for row in rows]):
+        if (named := _named(logits, of_rows)) is not None:
+            places, amount = named
+            logits[places] -= amount
+
+
+def _named(logits: Tensor, of_rows: Sequence[Mapping[int, float]]) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
+    """Rows and tokens that some rows name, and their values: all (M,). None if no row names any."""
+    if not any(of_rows):
+        return None
+    rows = [index for index, values in enumerate(of_rows) for _ in values]
+    places = torch.tensor([rows, [token for values in of_rows for token in values]], device=logits.device)
+    return (places[0], places[1]), torch.tensor(
+        [v for values in of_rows for v in values.values()], device=logits.device
+    )
 
 
 def _draw_from_all(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from engine.sampling import RowSampler, sample, token_logprobs
+from engine.sampling import RowSampler, adjust, sample, token_logprobs
 from engine.types import SamplingParams
 
 
@@ -77,7 +77,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_s
     logits = LOGITS.clone()
     sampler = row(prompt={1, 3}, repetition_penalty=2.0)
     sampler.output_counts[4] = 1
-    sampler.adjust(logits)
+    adjust(logits[None], [sampler])
     assert logits.tolist() == [1.0, 1.0, 0.5, -2.0, 0.75]
 
 
@@ -85,8 +85,27 @@ def test_presence_and_frequency_penalties_count_the_output_only() -> None:
     logits = LOGITS.clone()
     sampler = row(prompt={0}, presence_penalty=0.5, frequency_penalty=0.25)
     sampler.output_counts.update({1: 3, 2: 1})
-    sampler.adjust(logits)
+    adjust(logits[None], [sampler])
     assert logits.tolist() == pytest.approx([1.0, 2.0 - 0.5 - 0.75, 0.5 - 0.5 - 0.25, -1.0, 1.5])
+
+
+def test_rows_are_adjusted_together_as_alone() -> None:
+    rows = [
+        row(),
+        row(prompt={1}, repetition_penalty=1.5, logit_bias={0: 2.0, 3: -1.0}),
+        row(presence_penalty=0.5, logit_bias={3: 4.0}),
+        row(prompt={0, 2}, repetition_penalty=0.5, frequency_penalty=0.25),
+    ]
+    for sampler in rows[2:]:
+        sampler.output_counts.update({1: 3, 3: 1})
+    together = LOGITS.repeat(len(rows), 1)
+    adjust(together, rows)
+    for sampler, adjusted in zip(rows, together, strict=True):
+        alone = LOGITS.clone()
+        adjust(alone[None], [sampler])
+        assert torch.equal(adjusted, alone)
+    assert torch.equal(together[0], LOGITS)
+    assert len({tuple(adjusted.tolist()) for adjusted in together}) == len(rows)
 
 
 def test_logit_bias_is_added() -> None:
