@@ -1,10 +1,10 @@
 """Measures what a mix costs: decode speed and prefill of the base and of mixes, and of their peers.
 
-    python -m tests.benchmarks.decode [--rounds N] [--tokens N] [--threads N]
+    python -m tests.benchmarks.decode [--rounds N] [--tokens N] [--threads N] [--json FILE]
 
 Everything is measured in one process, the settings interleaved round by round, and printed as a table of medians with
-their spread and one JSON line. Stacks have the paper's size (4 experts of rank 16, 2 active) and random weights. The
-peers run on the same NF4 values: transformers' `generate`, PEFT's mixed batch with adapters of as many parameters, and
+their spread, and as JSON into a file. Stacks have the paper's size (4 experts of rank 16, 2 active) and random weights.
+The peers run on the same NF4 values: transformers' `generate`, PEFT's mixed batch with adapters of as many parameters, and
 the paper's layer.
 """
 
@@ -40,12 +40,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, default=Path("benchmark.json"))
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     result = measure(arguments.rounds, arguments.tokens)
     print_table(result)
-    print(json.dumps(result))
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def measure(rounds: int, tokens: int) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def measure(rounds: int, tokens: int) -> dict[str, Any]:
     config = MoeLoraConfig()
     base = load_base()
     domains = [random_domain(base, config, seed) for seed in range(max(DOMAINS))]
-    engine = Engine(base, max_batch_rows=max(ROWS), max_model_len=1024, kv_cache_tokens=16384)
+    engine = Engine(base, max_batch_rows=max(ROWS), max_model_len=1024, kv_cache_tokens=65536)
     engine.start()
     speeds = interleave(runs(engine, domains, config, tokens), rounds)
     engine.stop()
@@ -95,9 +96,12 @@ def runs(engine: Any, domains: list[Any], config: Any, tokens: int) -> dict[str,
         for count in DOMAINS:
             mixes = [[(domain, 1.0) for domain in domains[:count]]] * rows
             found[f"engine, {count} domains, {rows} rows"] = partial(engine_speed, engine, tokens, mixes)
-    mixed = [mixed_route(domains[:4], row) for row in range(max(ROWS))]
-    found["engine, mixed routes, 1 rows"] = partial(engine_speed, engine, tokens, mixed[:1])
-    found[f"engine, mixed routes, {max(ROWS)} rows"] = partial(engine_speed, engine, tokens, mixed)
+        mixes = [mixed_route(domains[:4], row) for row in range(rows)]
+        found[f"engine, mixed routes, {rows} rows"] = partial(engine_speed, engine, tokens, mixes)
+        for name, routes in (("0 domains", [()] * rows), ("mixed routes", mixes)):
+            found[f"engine, {name}, behind {LONG_PROMPT_TOKENS} tokens, {rows} rows"] = partial(
+                engine_speed, engine, tokens, routes, LONG_PROMPT_TOKENS
+            )
     names = [adapters[row % len(adapters)] for row in range(max(ROWS))]
     found[f"PEFT adapter_names, one adapter a row, {max(ROWS)} rows"] = partial(
         generate_speed, adapted, max(ROWS), tokens, adapter_names=names
@@ -106,7 +110,9 @@ def runs(engine: Any, domains: list[Any], config: Any, tokens: int) -> dict[str,
     for count in (0, 1):
         mix = [(domain, 1.0) for domain in domains[:count]]
         found[f"engine, prefill of {LONG_PROMPT_TOKENS}, {count} domains"] = partial(prefill_speed, engine, mix)
-    found["engine, first token with a known prefix, of that without"] = partial(reuse_ratio, engine, mixed[1])
+    found["engine, first token with a known prefix, of that without"] = partial(
+        reuse_ratio, engine, mixed_route(domains[:4], 1)
+    )
     found[f"transformers, prefill of {LONG_PROMPT_TOKENS}, base"] = partial(peer_prefill_speed, peer.model)
     return found
 
@@ -157,8 +163,11 @@ def peer_prefill_speed(model: Any) -> float:
     return LONG_PROMPT_TOKENS / generate_seconds(model, torch.arange(100, 100 + LONG_PROMPT_TOKENS)[None], 1)[0]
 
 
-def engine_speed(engine: Any, tokens: int, mixes: Sequence[Mix]) -> float:
-    """Decode tokens per second of all rows together; the first token, the prefill's, does not count."""
+def engine_speed(engine: Any, tokens: int, mixes: Sequence[Mix], prompt_tokens: int = PROMPT_TOKENS) -> float:
+    """Decode tokens per second of all rows together; the first token, the prefill's, does not count.
+
+    After the first round the prompts are known, so that no step reads prompts beside those that decode.
+    """
     from engine.types import SamplingParams
     from tests.engines import Client, collect
 
@@ -167,7 +176,7 @@ def engine_speed(engine: Any, tokens: int, mixes: Sequence[Mix]) -> float:
     gate = threading.Event()
     engine.run_on_device(gate.wait)  # holds the engine, so that all prompts go through it together
     queues = [
-        client.submit(range(100 + row, 100 + row + PROMPT_TOKENS), sampling, mix)[1] for row, mix in enumerate(mixes)
+        client.submit(range(100 + row, 100 + row + prompt_tokens), sampling, mix)[1] for row, mix in enumerate(mixes)
     ]
     gate.set()
     finished = [collect(queue).finished for queue in queues]
@@ -219,6 +228,8 @@ def print_table(result: dict[str, Any]) -> None:
             continue
         rows = name.rpartition(", ")[2]
         alone = f"engine, 0 domains, {rows}"
+        if "behind" in name:
+            alone = f"engine, 0 domains, behind {LONG_PROMPT_TOKENS} tokens, {rows}"
         if "prefill" in name:
             alone = f"engine, prefill of {LONG_PROMPT_TOKENS}, 0 domains"
         spread = f"{value['median']:8.1f} {value['min']:8.1f} {value['max']:8.1f}"
