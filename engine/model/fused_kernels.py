@@ -308,8 +308,8 @@ def _fetch(rows: Any) -> None:
             _fetch_line(start + offset)
 
 
-_tile_1x1, _tile_1x2, _tile_2x1 = make_tile(1, 1), make_tile(1, 2), make_tile(2, 1)
-_tile_2x4, _tile_2x8 = make_tile(2, 4), make_tile(2, 8)
+_tile_1x1, _tile_1x2, _tile_1x3 = (make_tile(1, tokens) for tokens in (1, 2, 3))
+_tile_2x1, _tile_2x2, _tile_2x3, _tile_2x4, _tile_2x8 = (make_tile(2, tokens) for tokens in (1, 2, 3, 4, 8))
 _tile_2x4_ahead, _tile_2x8_ahead = make_tile(2, 4, ahead=True), make_tile(2, 8, ahead=True)
 
 
@@ -354,6 +354,7 @@ def _make_weighted_sum(num_outputs: int, num_vectors: int) -> Any:
 
 
 _weighted_4x4, _weighted_4x1 = _make_weighted_sum(4, 4), _make_weighted_sum(4, 1)
+_weighted_2x8, _weighted_2x1 = _make_weighted_sum(2, 8), _make_weighted_sum(2, 1)
 _weighted_1x16, _weighted_1x4, _weighted_1x1 = (_make_weighted_sum(1, vectors) for vectors in (16, 4, 1))
 
 
@@ -371,6 +372,14 @@ def _add_weighted(factors: Any, rows: Any, out: Any, places: Any) -> None:
                 column += 4 * LANES
             while column + LANES <= size:
                 _weighted_4x1(factors, rows, out, places, n, column)
+                column += LANES
+        elif n + 2 <= num:
+            together = 2
+            while column + 8 * LANES <= size:
+                _weighted_2x8(factors, rows, out, places, n, column)
+                column += 8 * LANES
+            while column + LANES <= size:
+                _weighted_2x1(factors, rows, out, places, n, column)
                 column += LANES
         else:
             together = 1
@@ -412,16 +421,21 @@ def _product(weights: Any, first: int, last: int, x: Any, out: Any) -> None:
                 if t + 4 <= end:
                     _tile_2x4(weights, x, out, row, t)
                     t += 4
-                while t < end:
+                if t + 3 == end:
+                    _tile_2x3(weights, x, out, row, t)
+                elif t + 2 == end:
+                    _tile_2x2(weights, x, out, row, t)
+                elif t + 1 == end:
                     _tile_2x1(weights, x, out, row, t)
-                    t += 1
                 row += 2
         while row < last:  # one row of weights after the other, as they lie in memory
             t = begin
-            while t + 2 <= end:
+            while t + 3 <= end:
+                _tile_1x3(weights, x, out, row, t)
+                t += 3
+            if t + 2 == end:
                 _tile_1x2(weights, x, out, row, t)
-                t += 2
-            if t < end:
+            elif t + 1 == end:
                 _tile_1x1(weights, x, out, row, t)
             row += 1
     lanes = VECTOR_BYTES // weights.itemsize

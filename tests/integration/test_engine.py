@@ -18,7 +18,7 @@ from engine.model.moe_lora import MoeLoraConfig, ServingDeltas, StackPack
 from engine.model.training_form import MoeLoraStack, TrainingDeltas
 from engine.slots import ResidentDomain
 from engine.types import Event, FinishedEvent, GenerationRequest, PromptEvent, SamplingParams, TokensEvent
-from tests.engines import Client, Collected, collect
+from tests.engines import Client, collect
 from tests.reference import ReferenceModel, WeightedStack
 from tests.stacks import random_projections, to_serving
 
