@@ -4,8 +4,8 @@
 
 Everything is measured in one process, the settings interleaved round by round, and printed as a table of medians with
 their spread, and as JSON into a file. Stacks have the paper's size (4 experts of rank 16, 2 active) and random weights.
-The peers run on the same NF4 values: transformers' `generate`, PEFT's mixed batch with adapters of as many parameters, and
-the paper's layer.
+The peers run on the same NF4 values: transformers' `generate`, PEFT's mixed batch with adapters of as many parameters,
+and the paper's layer.
 """
 
 import argparse
