@@ -96,11 +96,12 @@ def runs(engine: Any, domains: list[Any], config: Any, tokens: int) -> dict[str,
         for count in DOMAINS:
             mixes = [[(domain, 1.0) for domain in domains[:count]]] * rows
             found[f"engine, {count} domains, {rows} rows"] = partial(engine_speed, engine, tokens, mixes)
-        mixes = [mixed_route(domains[:4], row) for row in range(rows)]
-        found[f"engine, mixed routes, {rows} rows"] = partial(engine_speed, engine, tokens, mixes)
-        for name, routes in (("0 domains", [()] * rows), ("mixed routes", mixes)):
+        routes = [mixed_route(domains[:4], row) for row in range(rows)]
+        found[f"engine, mixed routes, {rows} rows"] = partial(engine_speed, engine, tokens, routes)
+        alone: list[Mix] = [()] * rows
+        for name, wanted in (("0 domains", alone), ("mixed routes", routes)):
             found[f"engine, {name}, behind {LONG_PROMPT_TOKENS} tokens, {rows} rows"] = partial(
-                engine_speed, engine, tokens, routes, LONG_PROMPT_TOKENS
+                engine_speed, engine, tokens, wanted, LONG_PROMPT_TOKENS
             )
     names = [adapters[row % len(adapters)] for row in range(max(ROWS))]
     found[f"PEFT adapter_names, one adapter a row, {max(ROWS)} rows"] = partial(
