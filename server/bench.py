@@ -43,8 +43,8 @@ class BenchPlan:
     prompt_tokens: int
     max_tokens: int
     routes: Sequence[Route]  # taken in turn
-    concurrency: int | None  # clients at once, or
-    rate: float | None  # requests a second, at random times (exponential gaps), however long the answers take
+    clients: int  # that ask at once, unless there is
+    rate: float | None  # of requests a second, at random times (exponential gaps), however long the answers take
     seed: int = 0
 
 
@@ -109,9 +109,9 @@ async def _run(plan: BenchPlan, on_answer: Callable[[], None]) -> list[Sample | 
                 for number in left:  # shared, so that each number is asked once
                     await ask(number, time.monotonic())
 
-            async with asyncio.TaskGroup() as clients:
-                for _ in range(plan.concurrency or 1):
-                    clients.create_task(run_client())
+            async with asyncio.TaskGroup() as running:
+                for _ in range(plan.clients):
+                    running.create_task(run_client())
     return answers
 
 
@@ -182,7 +182,7 @@ def figures_of(plan: BenchPlan, answers: Sequence[Sample | Refusal], seconds: fl
     """What a run of `seconds` showed, in all and by route."""
     return {
         "url": plan.url,
-        "load": {"clients": plan.concurrency} if plan.rate is None else {"rate": plan.rate, "seed": plan.seed},
+        "load": {"clients": plan.clients} if plan.rate is None else {"rate": plan.rate, "seed": plan.seed},
         "requests": plan.requests,
         "max_tokens": plan.max_tokens,
         "seconds": round(seconds, 3),

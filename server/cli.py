@@ -243,7 +243,7 @@ def bench(
     routes = [_parse_route(text) for text in route or ["router"]]
     with _told_plainly(), Progress(console=Console(stderr=True)) as progress:
         url, key = _address(url, config, api_key)
-        plan = BenchPlan(url, key, requests, prompt, prompt_tokens, max_tokens, routes, clients, rate, seed)
+        plan = BenchPlan(url, key, requests, prompt, prompt_tokens, max_tokens, routes, clients or 1, rate, seed)
         task = progress.add_task("asking", total=requests)
         figures = run_bench(plan, lambda: progress.advance(task))
     if not as_json:

@@ -41,8 +41,8 @@ class PromptReader:
         """
         rendered = self._render(messages, add_generation_prompt=add_generation_prompt)
         token_ids = await self.encode(rendered, add_special_tokens=add_special_tokens)
-        of_user = [message.text for message in messages if message.role == "user"]
-        return Prompt(token_ids, last_user_text(messages), of_user[-2] if len(of_user) > 1 else None)
+        earlier = user_texts(messages)[:-1]
+        return Prompt(token_ids, last_user_text(messages), earlier[-1] if earlier else None)
 
     async def read_text(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> Prompt:
         """A bare text or its token ids, without a template."""
@@ -111,10 +111,14 @@ class PromptReader:
         return rendered
 
 
+def user_texts(messages: Sequence[Message]) -> list[str]:
+    """What the user said, in order."""
+    return [message.text for message in messages if message.role == "user"]
+
+
 def last_user_text(messages: Sequence[Message]) -> str:
     """What the router reads: the last user message, or the last message if no user speaks."""
-    spoken = [message for message in messages if message.role == "user"] or list(messages)
-    return spoken[-1].text
+    return (user_texts(messages) or [messages[-1].text])[-1]
 
 
 def _template_role(role: str) -> str:

@@ -108,6 +108,12 @@ def _memory_at(address: Any, size: Any, like: Any) -> Any:
     return at
 
 
+@njit(cache=True)
+def _matrix_at(address: int, num_rows: int, num_columns: int, like: Any) -> Any:
+    """The rows that begin at an address, of the type that `like` has."""
+    return memory_at(address, num_rows * num_columns, like).reshape((num_rows, num_columns))
+
+
 @intrinsic
 def _add_atomically(typing_context: Any, address: Any, value: Any) -> Any:
     """The number at an address before `value` was added to it."""
@@ -317,7 +323,7 @@ def _make_weighted_sum(num_outputs: int, num_vectors: int) -> Any:
     """A compiled function of (factors (N, P or more), rows (P, S), out, places (N,), n, column).
 
     out[places[i]] += the sum over p of factors[i, p] times rows[p], in the order of p: for num_outputs of N from `n`
-    on, and num_vectors times 16 columns from `column` on.
+    on, and columns from `column` on, num_vectors times 16 of them at a time. Returns the first column that is left.
     """
 
     @intrinsic
@@ -330,25 +336,29 @@ def _make_weighted_sum(num_outputs: int, num_vectors: int) -> Any:
             )
             numbers = builder.gep(context.make_array(places)(context, builder, arguments[3]).data, [first])
             outputs = [builder.load(builder.gep(numbers, [_INT64(number)])) for number in range(num_outputs)]
-            columns = [builder.add(first_column, _INT64(LANES * vector)) for vector in range(num_vectors)]
-            totals = [[cgutils.alloca_once(builder, _FLOATS) for _ in columns] for _ in range(num_outputs)]
-            for output, row in zip(outputs, totals, strict=True):
-                for at, total in zip(columns, row, strict=True):
-                    builder.store(o.load_floats(output, at), total)
-            with cgutils.for_range(builder, r.num_rows) as loop:
-                loaded = [r.load_floats(loop.index, at) for at in columns]
-                for output, row in enumerate(totals):
-                    at = builder.mul(loop.index, _INT64(f.element_bytes))
-                    first = builder.insert_element(_ZEROS, f.load(output, at, _FLOAT), _INT32(0))
-                    factor = builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * LANES))
-                    for numbers, total in zip(loaded, row, strict=True):
-                        builder.store(_fma(builder, factor, numbers, builder.load(total)), total)
-            for output, row in zip(outputs, totals, strict=True):
-                for at, total in zip(columns, row, strict=True):
-                    o.store(output, builder.mul(at, _INT64(o.element_bytes)), builder.load(total))
-            return context.get_dummy_value()
+            totals = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(num_vectors)] for _ in outputs]
+            width = _INT64(LANES * num_vectors)
+            left = builder.srem(builder.sub(r.size, first_column), width)
+            end = builder.sub(r.size, left)
+            with cgutils.for_range_slice(builder, first_column, end, width, _INT64) as (begin, _):
+                columns = [builder.add(begin, _INT64(LANES * vector)) for vector in range(num_vectors)]
+                for output, row in zip(outputs, totals, strict=True):
+                    for at, total in zip(columns, row, strict=True):
+                        builder.store(o.load_floats(output, at), total)
+                with cgutils.for_range(builder, r.num_rows) as loop:
+                    loaded = [r.load_floats(loop.index, at) for at in columns]
+                    for output, row in enumerate(totals):
+                        at = builder.mul(loop.index, _INT64(f.element_bytes))
+                        first_lane = builder.insert_element(_ZEROS, f.load(output, at, _FLOAT), _INT32(0))
+                        factor = builder.shuffle_vector(first_lane, first_lane, ir.Constant(_INTS, [0] * LANES))
+                        for vector, total in zip(loaded, row, strict=True):
+                            builder.store(_fma(builder, factor, vector, builder.load(total)), total)
+                for output, row in zip(outputs, totals, strict=True):
+                    for at, total in zip(columns, row, strict=True):
+                        o.store(output, builder.mul(at, _INT64(o.element_bytes)), builder.load(total))
+            return end
 
-        return types.none(factors, rows, out, places, types.int64, types.int64), codegen
+        return types.int64(factors, rows, out, places, types.int64, types.int64), codegen
 
     return weighted_sum
 
@@ -364,34 +374,19 @@ def _add_weighted(factors: Any, rows: Any, out: Any, places: Any) -> None:
     size, num = rows.shape[1], places.size
     n = 0
     while n < num:
-        column = 0
         if n + 4 <= num:
             together = 4
-            while column + 4 * LANES <= size:
-                _weighted_4x4(factors, rows, out, places, n, column)
-                column += 4 * LANES
-            while column + LANES <= size:
-                _weighted_4x1(factors, rows, out, places, n, column)
-                column += LANES
+            column = _weighted_4x4(factors, rows, out, places, n, 0)
+            column = _weighted_4x1(factors, rows, out, places, n, column)
         elif n + 2 <= num:
             together = 2
-            while column + 8 * LANES <= size:
-                _weighted_2x8(factors, rows, out, places, n, column)
-                column += 8 * LANES
-            while column + LANES <= size:
-                _weighted_2x1(factors, rows, out, places, n, column)
-                column += LANES
+            column = _weighted_2x8(factors, rows, out, places, n, 0)
+            column = _weighted_2x1(factors, rows, out, places, n, column)
         else:
             together = 1
-            while column + 16 * LANES <= size:
-                _weighted_1x16(factors, rows, out, places, n, column)
-                column += 16 * LANES
-            while column + 4 * LANES <= size:
-                _weighted_1x4(factors, rows, out, places, n, column)
-                column += 4 * LANES
-            while column + LANES <= size:
-                _weighted_1x1(factors, rows, out, places, n, column)
-                column += LANES
+            column = _weighted_1x16(factors, rows, out, places, n, 0)
+            column = _weighted_1x4(factors, rows, out, places, n, column)
+            column = _weighted_1x1(factors, rows, out, places, n, column)
         if column < size:  # what fills no vector
             for number in range(n, n + together):
                 for row in range(rows.shape[0]):
@@ -764,7 +759,7 @@ def _expert_products(
     factors, dots, pairs, places, picked, memory, memory_of_expert = scratch
     gates, num_rows = experts * rank, experts * rank + experts
     address = addresses[stack, layer, group, 0] + member * num_rows * size * x.itemsize
-    weights = memory_at(address, num_rows * size, x).reshape((num_rows, size))
+    weights = _matrix_at(address, num_rows, size, x)
     tokens = x[pair_token[first] : pair_token[first] + num]
     if pair_token[last - 1] - pair_token[first] != num - 1:  # not one behind the other
         tokens = _rows_at(memory, num, size)
@@ -809,10 +804,11 @@ def _choose_experts(
 
 @njit(cache=True)
 def _fetch_deltas(
-    first: int, last: int, layer: int, group: int, member: int, stacks: Any, like: Any, shared: Any
+    first: int, last: int, layer: int, group: int, member: int, stacks: Any, like: Any, scratch: Any, shared: Any
 ) -> None:
     """Asks for what `_add_deltas` will read, so that it comes while the base's products run."""
     block_start, pair_stack, _, _, shapes, addresses, _, member_outputs = stacks
+    _, _, pairs, places, _, _, _ = scratch
     if pair_stack.size <= FETCHED_PAIRS:
         return
     width, fetched = member_outputs[group, member], -1
@@ -821,16 +817,12 @@ def _fetch_deltas(
         stack, chosen = pair_stack[begin], shared[CHOSEN][begin:end, member]
         experts, rank, top_k = shapes[stack, EXPERTS], shapes[stack, RANK], shapes[stack, TOP_K]
         address = addresses[stack, layer, group, 1 + member]
-        weights = memory_at(address, experts * rank * width, like).reshape((experts * rank, width))
+        weights = _matrix_at(address, experts * rank, width, like)
         if stack == fetched:  # by the block before, which needs the same experts as likely as not
             continue
         fetched = stack
         for expert in range(experts):
-            is_chosen = False
-            for pair in range(end - begin):
-                for place in range(top_k):
-                    is_chosen |= chosen[pair, place] == expert
-            if is_chosen:
+            if _pairs_of_expert(chosen, 0, top_k, expert, pairs, places):
                 _fetch(weights[expert * rank : (expert + 1) * rank, first:last])
 
 
@@ -862,7 +854,7 @@ def _add_deltas(
         stack = pair_stack[begin]
         experts, rank, top_k = shapes[stack, EXPERTS], shapes[stack, RANK], shapes[stack, TOP_K]
         address = addresses[stack, layer, group, 1 + member]
-        weights = memory_at(address, experts * rank * width, like).reshape((experts * rank, width))
+        weights = _matrix_at(address, experts * rank, width, like)
         for expert in range(experts):
             count = _pairs_of_expert(chosen, 0, top_k, expert, pairs, places)
             for n in range(count):
@@ -900,7 +892,7 @@ def _project(
     at = 0
     for member in range(members[group]):
         first, last = _share(thread, threads, member_outputs[group, member])
-        _fetch_deltas(first, last, layer, group, member, stacks, weights, shared)
+        _fetch_deltas(first, last, layer, group, member, stacks, weights, scratch, shared)
         _product(weights[layer], at + first, at + last, x, out)
         if bias.shape[1]:
             for t in range(out.shape[0]):

@@ -79,6 +79,11 @@ def test_bench_prints_figures_in_all_and_by_route(server: LiveServer) -> None:
     assert len({tuple(request.prompt_ids) for request in server.engine.submitted}) == 4
 
 
+def test_bench_has_one_client_unless_told_otherwise(server: LiveServer) -> None:
+    figures = json.loads(run(server, "bench", "--requests", "2", "--max-tokens", "3", "--json").stdout)
+    assert figures["load"] == {"clients": 1}
+
+
 def test_bench_asks_at_a_rate_whatever_the_answers_take(server: LiveServer) -> None:
     result = run(server, "bench", "--requests", "6", "--rate", "40", "--max-tokens", "3", "--json", "--prompt", "hello")
     figures = json.loads(result.stdout)

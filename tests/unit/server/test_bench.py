@@ -8,7 +8,7 @@ import pytest
 from server.bench import BenchPlan, Refusal, Route, Sample, arrivals, figures_of
 
 ROUTES = [Route("math=1", {"math": 1.0}), Route("base", {})]
-PLAN = BenchPlan("http://x", None, 3, "hello", 32, 11, ROUTES, concurrency=1, rate=None)
+PLAN = BenchPlan("http://x", None, 3, "hello", 32, 11, ROUTES, clients=1, rate=None)
 
 
 def test_figures_follow_from_the_samples() -> None:
