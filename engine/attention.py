@@ -1,4 +1,4 @@
-"""Attention of a packed step: the tokens of many sequences side by side, each reading its own span of the cache.
+"""Attention of a packed step: the tokens of many sequences side by side, each reading its own pieces of the cache.
 
 Registered with transformers under the name `brainstacks`; the step travels as a keyword argument through the model's
 forward, so nothing global says which batch is running. Attention runs over each sequence's exact length: no padding.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from engine.block_table import Piece
 from engine.errors import BaseUnsupported
 
 ATTENTION_NAME = "brainstacks"
@@ -27,7 +28,7 @@ class RowSpan:
 
     first_token: int  # in the step
     num_tokens: int
-    first_position: int  # in the cache
+    pieces: Sequence[Piece]  # of the cache, which hold the sequence
     num_past: int  # tokens already in the cache
 
     @property
@@ -78,7 +79,7 @@ def packed_attention(
     if softcap is not None:
         raise BaseUnsupported("a base with soft-capped attention logits is not supported")
     if attention_step is None:
-        whole = RowSpan(0, query.shape[2], 0, 0)
+        whole = RowSpan(0, query.shape[2], (), 0)
         step = AttentionStep((), (), torch.empty(0, device=query.device), (whole,))
         return _prefill(query[0], key[0], value[0], step, whole, sliding_window, scaling).unsqueeze(0), None
     layer: int = module.layer_idx  # type: ignore[assignment]
@@ -95,13 +96,24 @@ def _row(
     query: Tensor, keys: Tensor, values: Tensor, step: AttentionStep, row: RowSpan, window: int | None, scaling: float
 ) -> Tensor:
     """(Hq, T, D), (Hk, N, D) twice -> (n, Hq, D) of one sequence."""
-    last = row.first_position + row.num_keys
-    if row.num_tokens == 1:
-        first = row.first_position if window is None else max(row.first_position, last - window)
-        return _decode(query[:, row.first_token], keys[:, first:last], values[:, first:last], scaling)
+    is_decoding = row.num_tokens == 1
+    first = max(0, row.num_keys - window) if is_decoding and window is not None else 0
+    keys, values = (_positions(cache, row.pieces, first, row.num_keys) for cache in (keys, values))
+    if is_decoding:
+        return _decode(query[:, row.first_token], keys, values, scaling)
     new = query[:, row.first_token : row.first_token + row.num_tokens]
-    span = slice(row.first_position, last)
-    return _prefill(new, keys[:, span], values[:, span], step, row, window, scaling)
+    return _prefill(new, keys, values, step, row, window, scaling)
+
+
+def _positions(cache: Tensor, pieces: Sequence[Piece], first: int, last: int) -> Tensor:
+    """(Hk, N, D) -> (Hk, last - first, D): those positions of a sequence; a view if they lie in one piece."""
+    parts, at = [], 0  # how many positions of the sequence come before the piece
+    for piece in pieces:
+        low, high = max(first - at, 0), min(last - at, piece.length)
+        if low < high:
+            parts.append(cache[:, piece.start + low : piece.start + high])
+        at += piece.length
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _decode(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from engine.block_table import BLOCK_TOKENS, num_blocks_for
 from engine.errors import EngineError, EngineFailed, EngineStopped, PromptTooLong
 from engine.kv_cache import KvCache
 from engine.model.base import Base
@@ -108,13 +109,14 @@ class Engine:
             raise ValueError(f"kv_cache_tokens {kv_cache_tokens} does not hold one request of {max_model_len} tokens")
         self.base = base
         self.max_model_len = max_model_len
-        self._runner = Runner(base, num_kv_positions=kv_cache_tokens, fused_step=fused_step)
+        num_blocks = num_blocks_for(kv_cache_tokens)
+        self._runner = Runner(base, num_kv_positions=num_blocks * BLOCK_TOKENS, fused_step=fused_step)
         if prompt_tokens_beside_decode is None and self._runner.is_fused:
             prompt_tokens_beside_decode = FUSED_PROMPT_TOKENS
         if max_step_tokens is None:
             max_step_tokens = max(FUSED_STEP_TOKENS if self._runner.is_fused else STEP_TOKENS, 2 * max_batch_rows)
         self._scheduler = Scheduler(
-            KvCache(kv_cache_tokens),
+            KvCache(num_blocks),
             max_rows=max_batch_rows,
             max_step_tokens=max_step_tokens,
             prompt_tokens_beside_decode=prompt_tokens_beside_decode,
@@ -128,7 +130,7 @@ class Engine:
         self._admission = threading.Lock()  # nothing is put behind the last drain
         self._alive_at = time.monotonic()
         self._steps = 0
-        self._snapshot = EngineSnapshot(0, 0, 0.0, 0)
+        self._snapshot = EngineSnapshot(0, 0, 0.0, 0, 0)
 
     def start(self) -> None:
         """Starts the engine's thread."""
@@ -256,16 +258,10 @@ class Engine:
             self._beat()
 
     def _step(self, rows: list[ScheduledRow]) -> None:
-        now = time.monotonic()
-        for row in rows:
-            if row.sequence.started_at is None:
-                row.sequence.started_at = now
         try:
-            for copy in self._scheduler.take_copies():
-                self._runner.copy_positions(copy.source, copy.target, copy.num_tokens)
             output = self._runner.run(rows, self._scheduler.running)
             for row in rows:
-                row.sequence.num_computed += row.num_tokens
+                self._scheduler.advance(row)
             self._report_prompts(output)
             self._sample(output)
         except Exception as error:  # the engine outlives a step that fails, its requests do not
@@ -327,11 +323,11 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> None:
         for sequence in list(self._sequences.values()):
-            self._forget(sequence, keep=False)
+            self._forget(sequence)
             sequence.on_event(FailedEvent(error))
 
-    def _forget(self, sequence: Sequence, *, keep: bool = True) -> None:
-        self._scheduler.remove(sequence, keep=keep)
+    def _forget(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
         self._sequences.pop(sequence.request.request_id, None)
         if not self._scheduler.running:
             self._runner.release_pack()
@@ -339,8 +335,10 @@ class Engine:
 
     def _beat(self) -> None:
         self._alive_at = time.monotonic()
-        running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
-        self._snapshot = EngineSnapshot(running, waiting, self._scheduler.used_ratio, self._steps)
+        plan = self._scheduler
+        self._snapshot = EngineSnapshot(
+            len(plan.running), len(plan.waiting), plan.used_ratio, self._steps, plan.num_preempted
+        )
 
 
 class _RawLogprobs:

@@ -43,7 +43,6 @@ class Runner:
         # Empty, not zeroed: on a CPU the system gives pages to positions that are used.
         keys = torch.empty(shape, dtype=base.dtype, device=base.device)
         values = torch.empty(shape, dtype=base.dtype, device=base.device)
-        self._cache = (keys, values)
         self._keys, self._values = keys.unbind(0), values.unbind(0)
         self._fused = make_fused_step(base, keys, values) if fused_step else None
 
@@ -56,8 +55,8 @@ class Runner:
         """Passes the rows' tokens through the model; by the fused step, if there is one and only logits are wanted."""
         if self._fused is None:
             return self._run_modules(rows, running)
-        fused = [row for row in rows if not _wants_hidden(row)]
-        others = [row for row in rows if _wants_hidden(row)]
+        fused = [row for row in rows if not row.sequence.wants_prompt_states]
+        others = [row for row in rows if row.sequence.wants_prompt_states]
         if not others:
             self.release_pack()
             return self._run_fused(self._fused, fused)
@@ -79,12 +78,6 @@ class Runner:
                 input_ids=ids, position_ids=positions, use_cache=False, attention_step=step
             ).last_hidden_state[0]  # (T, H)
             return self._output(rows, spans, hidden)
-
-    def copy_positions(self, source: int, target: int, count: int) -> None:
-        """Copies keys and values of all layers from one place in the cache to another that it does not overlap."""
-        with torch.inference_mode():
-            for tensor in self._cache:
-                tensor[:, :, target : target + count] = tensor[:, :, source : source + count]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, H) -> (N, V) in float32."""
@@ -108,7 +101,7 @@ class Runner:
         for row, span in zip(rows, spans, strict=True):
             ids += row.sequence.token_ids[span.num_past : span.num_keys]
             positions += range(span.num_past, span.num_keys)
-            places += range(span.first_position + span.num_past, span.first_position + span.num_keys)
+            places += map(row.sequence.table.place, range(span.num_past, span.num_keys))
         stacked = torch.tensor([ids, positions, places], device=self.base.device)
         return stacked[0:1], stacked[1:2], stacked[2]
 
@@ -140,7 +133,7 @@ class Runner:
         prompt_hidden = {
             row.sequence: hidden[span.first_token : span.first_token + span.num_tokens]
             for row, span in zip(rows, spans, strict=True)
-            if row.sequence.request.sampling.prompt_logprobs is not None and row.sequence.num_output == 0
+            if row.sequence.wants_prompt_states
         }
         return StepOutput([sequence for sequence, _ in sampled], logits, prompt_hidden)
 
@@ -149,23 +142,16 @@ def _row_spans(rows: Rows[ScheduledRow]) -> list[RowSpan]:
     spans: list[RowSpan] = []
     first_token = 0
     for row in rows:
-        assert row.sequence.span is not None
-        spans.append(RowSpan(first_token, row.num_tokens, row.sequence.span.start, row.sequence.num_computed))
+        spans.append(RowSpan(first_token, row.num_tokens, row.sequence.table.pieces, row.sequence.num_computed))
         first_token += row.num_tokens
     return spans
 
 
-def _wants_hidden(row: ScheduledRow) -> bool:
-    """Whether the logits of every prompt token will be computed, a few at a time."""
-    return row.sequence.request.sampling.prompt_logprobs is not None and row.sequence.num_output == 0
-
-
 def _fused_row(row: ScheduledRow) -> FusedRow:
     sequence = row.sequence
-    assert sequence.span is not None
     past = sequence.num_computed
     ids = sequence.token_ids[past : past + row.num_tokens]
-    return FusedRow(ids, sequence.span.start, past, _stack_weights(sequence), row.is_sampled)
+    return FusedRow(ids, sequence.table, past, _stack_weights(sequence), row.is_sampled)
 
 
 def _stack_weights(sequence: Sequence) -> dict[ServingStack, float]:

@@ -1,15 +1,19 @@
-"""Decides which sequences run in the next step. Knows token counts and cache spans, not tensors.
+"""Decides which sequences run in the next step. Knows token counts and cache blocks, not tensors.
 
 Oldest first: a sequence that waits for cache room is never overtaken, so none starves. Running sequences always get
 their next token; what is left of a step's token budget goes to prompts, the oldest first, in chunks. Beside sequences
 that decode, prompts may have a smaller budget, which bounds how long a stream waits for its next token.
+
+A sequence starts once there are blocks for all tokens that it has, and takes more as it grows. When none are left, the
+youngest gives its blocks up and waits to be computed again, before all others that wait. The oldest always goes on, so
+every sequence ends.
 """
 
 from collections import deque
 from dataclasses import dataclass
 
+from engine.block_table import BLOCK_TOKENS, BlockTable, num_blocks_for
 from engine.kv_cache import KvCache
-from engine.prefix_cache import MixKey, PrefixCache
 from engine.sequence import Sequence
 
 
@@ -26,50 +30,36 @@ class ScheduledRow:
         return self.num_tokens == self.sequence.num_pending
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixCopy:
-    """The first `num_tokens` positions from `source` on are to be copied to those from `target` on."""
-
-    source: int
-    target: int
-    num_tokens: int
-
-
 class Scheduler:
-    """Waiting and running sequences, and the room they hold."""
+    """Waiting and running sequences, and the blocks they hold; both oldest first."""
 
     def __init__(
         self, kv_cache: KvCache, *, max_rows: int, max_step_tokens: int, prompt_tokens_beside_decode: int | None = None
     ) -> None:
         self.kv_cache = kv_cache
-        self.prefixes = PrefixCache(kv_cache)
         self.max_rows = max_rows
         self.max_step_tokens = max_step_tokens
         self.prompt_tokens_beside_decode = prompt_tokens_beside_decode
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._copies: list[PrefixCopy] = []
+        self.num_preempted = 0  # how often a sequence gave its blocks up
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence at the end of the queue."""
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence, *, keep: bool = True) -> None:
-        """Takes a sequence out, whatever it is doing, and frees its span: the one place where that happens.
-
-        With `keep`, what it computed stays for sequences that begin alike, as long as nobody needs the room.
-        """
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out, whatever it is doing, and lets go of its blocks: the one place where that happens."""
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        if sequence.span is not None:
-            computed = sequence.token_ids[: sequence.num_computed] if keep else []
-            self.prefixes.keep(_mix_key(sequence), computed, sequence.span)
-            sequence.span = None
+        self.kv_cache.release(sequence.table.blocks)
+        sequence.start_over()
 
     def schedule(self) -> list[ScheduledRow]:
         """The rows of the next step; empty if there is nothing to do."""
+        self._grow()
         self._admit()
         rows = [ScheduledRow(sequence, 1) for sequence in self.running if sequence.num_pending == 1]
         budget = self.max_step_tokens - len(rows)
@@ -81,37 +71,57 @@ class Scheduler:
                 budget -= rows[-1].num_tokens
         return rows
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_rows:
-            span = self.prefixes.reserve(self.waiting[0].num_positions)
-            if span is None:
-                return
-            sequence = self.waiting.popleft()
-            sequence.span = span
-            self.running.append(sequence)
-            # Prompt logprobs need the hidden states of every token.
-            if sequence.request.sampling.prompt_logprobs is None:
-                reuse = self.prefixes.find(_mix_key(sequence), sequence.request.prompt_ids)
-                if reuse is not None:
-                    self._copies.append(PrefixCopy(reuse.source, span.start, reuse.num_tokens))
-                    sequence.num_computed = sequence.num_reused = reuse.num_tokens
-
-    def take_copies(self) -> list[PrefixCopy]:
-        """What is to be copied before the latest rows run, in this order: a source may be a later copy's target."""
-        copies, self._copies = self._copies, []
-        return copies
+    def advance(self, row: ScheduledRow) -> None:
+        """The row's tokens were computed; blocks that they filled can be shared from now on."""
+        sequence = row.sequence
+        sequence.num_computed += row.num_tokens
+        num_full = sequence.num_computed // BLOCK_TOKENS
+        if num_full > sequence.num_named:
+            keys = sequence.keys(num_full)
+            for number in range(sequence.num_named, num_full):
+                self.kv_cache.name(sequence.table.blocks[number], keys[number])
+            sequence.num_named = num_full
 
     @property
     def used_ratio(self) -> float:
-        """Share of the cache's positions that sequences hold, without what is only kept."""
-        return (self.kv_cache.num_held - self.prefixes.num_positions) / self.kv_cache.num_positions
+        """Share of the cache's blocks that sequences hold, without what is only kept."""
+        return 1.0 - self.kv_cache.num_free / self.kv_cache.num_blocks
 
     def check_integrity(self) -> None:
-        """Asserts that the cache holds exactly the spans of the running sequences and what is kept."""
-        self.kv_cache.check_integrity()
-        held = sum(sequence.span.length for sequence in self.running if sequence.span is not None)
-        assert held + self.prefixes.num_positions == self.kv_cache.num_held, held
+        """Asserts that the cache's blocks are held by the running sequences and by nobody else."""
+        assert not any(sequence.table.blocks for sequence in self.waiting)
+        self.kv_cache.check_integrity([sequence.table.blocks for sequence in self.running])
 
+    def _grow(self) -> None:
+        """Gives every running sequence room for its next token, the oldest first."""
+        for sequence in list(self.running):
+            while sequence in self.running and len(sequence.token_ids) > sequence.table.num_positions:
+                block = self.kv_cache.take_behind(sequence.table.blocks[-1])
+                if block is None:
+                    self._preempt(self.running[-1])
+                else:
+                    sequence.table.extend([block])
 
-def _mix_key(sequence: Sequence) -> MixKey:
-    return tuple(sorted((domain.name, domain.version, weight) for domain, weight in sequence.request.mix))
+    def _preempt(self, sequence: Sequence) -> None:
+        """Sends a running sequence back to wait. It keeps its tokens and computes them again, so it goes on exactly."""
+        self.remove(sequence)
+        self.waiting.appendleft(sequence)
+        self.num_preempted += 1
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_rows:
+            sequence = self.waiting[0]
+            known = self._find_known(sequence)
+            num_new = num_blocks_for(len(sequence.token_ids)) - len(known)
+            # Each of those that run can grow by one more block before somebody has to give way.
+            blocks = self.kv_cache.take(known, num_new, spare=len(self.running))
+            if blocks is None:
+                return
+            self.running.append(self.waiting.popleft())
+            sequence.start(BlockTable.of(blocks), len(known) * BLOCK_TOKENS)
+
+    def _find_known(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold the beginning of a sequence. At least one token is left to compute: it is sampled from."""
+        if sequence.wants_prompt_states:
+            return []
+        return self.kv_cache.find(sequence.keys((len(sequence.token_ids) - 1) // BLOCK_TOKENS))

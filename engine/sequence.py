@@ -1,12 +1,13 @@
-"""One request on its way through the engine. Knows its tokens, its span and its times, not the batch it runs in."""
+"""One request on its way through the engine. Knows its tokens, its blocks and its times, not the batch it runs in."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.block_table import BLOCK_TOKENS, BlockTable
 from engine.detokenizer import Detokenizer
-from engine.kv_cache import KvSpan
+from engine.kv_cache import BlockKey, block_key, root_key
 from engine.sampling import RowSampler
 from engine.types import Event, FinishedEvent, FinishReason, GenerationRequest, TokenLogprob
 
@@ -20,9 +21,12 @@ class Sequence:
     sampler: RowSampler
     detokenizer: Detokenizer
     token_ids: list[int]  # prompt, then output
+    root_key: BlockKey
     num_computed: int = 0  # tokens whose keys and values are in the cache
-    num_reused: int = 0  # of them, those that another sequence computed
-    span: KvSpan | None = None
+    num_reused: int = 0  # of the prompt's, those that were there when the sequence first started
+    table: BlockTable = field(default_factory=BlockTable)
+    block_keys: list[BlockKey] = field(default_factory=list)  # of the first full blocks, made as they are wanted
+    num_named: int = 0  # blocks that can be found by their keys
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
@@ -39,9 +43,29 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_ids)
 
     @property
-    def num_positions(self) -> int:
-        """Cache positions that the sequence may come to need: the last token is never fed back."""
-        return len(self.request.prompt_ids) + max(self.request.sampling.max_tokens - 1, 0)
+    def wants_prompt_states(self) -> bool:
+        """Whether the hidden states of every prompt token are wanted, so that none may be skipped."""
+        return self.request.sampling.prompt_logprobs is not None and self.num_output == 0
+
+    def keys(self, num: int) -> list[BlockKey]:
+        """The keys of the first `num` blocks, all of whose tokens are known."""
+        for number in range(len(self.block_keys), num):
+            tokens = self.token_ids[number * BLOCK_TOKENS : (number + 1) * BLOCK_TOKENS]
+            self.block_keys.append(block_key(self.block_keys[-1] if number else self.root_key, tokens))
+        return self.block_keys[:num]
+
+    def start(self, table: BlockTable, num_known: int) -> None:
+        """The sequence runs from now on; the cache holds its first `num_known` tokens."""
+        self.table, self.num_computed = table, num_known
+        self.num_named = num_known // BLOCK_TOKENS
+        if self.started_at is None:
+            self.num_reused, self.started_at = num_known, time.monotonic()
+
+    def start_over(self) -> None:
+        """The cache holds nothing of the sequence any more; its tokens stay, and what was told of them."""
+        self.table, self.num_computed, self.num_named = BlockTable(), 0, 0
+        if self.wants_prompt_states:
+            self.prompt_logprobs.clear()
 
     def finished(self, reason: FinishReason) -> FinishedEvent:
         """The sequence's last event, with the seconds of each phase."""
@@ -57,6 +81,7 @@ def new_sequence(
 ) -> Sequence:
     """A sequence that has computed nothing yet."""
     sampling = request.sampling
+    mix = sorted((domain.name, domain.version, weight) for domain, weight in request.mix)
     return Sequence(
         request=request,
         on_event=on_event,
@@ -69,4 +94,5 @@ def new_sequence(
             min_tokens=sampling.min_tokens,
         ),
         token_ids=list(request.prompt_ids),
+        root_key=root_key(tuple(mix)),
     )

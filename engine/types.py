@@ -125,3 +125,4 @@ class EngineSnapshot:
     waiting: int
     kv_used_ratio: float
     steps: int
+    preempted: int  # how often a sequence gave its blocks up for an older one

@@ -3,9 +3,11 @@
 Labels have few values: endpoints are route templates, and domains beyond the first hundred are `other`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 MAX_DOMAIN_LABELS = 100
 OTHER_DOMAIN = "other"
@@ -33,6 +35,16 @@ class DomainLabels:
                 return OTHER_DOMAIN
             self._named.add(domain)
         return domain
+
+
+class _CountedElsewhere(Collector):
+    """A counter that somebody else keeps."""
+
+    def __init__(self, name: str, text: str, count: Callable[[], float]) -> None:
+        self._name, self._text, self._count = name, text, count
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily(f"brainstacks_{self._name}", self._text, value=self._count())
 
 
 class ServerMetrics:
@@ -74,9 +86,15 @@ class ServerMetrics:
         return generate_latest(self.registry)
 
     def watch_load(
-        self, *, running: Callable[[], float], waiting: Callable[[], float], kv_used_ratio: Callable[[], float]
+        self,
+        *,
+        running: Callable[[], float],
+        waiting: Callable[[], float],
+        kv_used_ratio: Callable[[], float],
+        preempted: Callable[[], float],
     ) -> None:
         """Reads these at every scrape."""
+        self.registry.register(_CountedElsewhere("preemptions", "Sequences that gave up their KV blocks.", preempted))
         self.requests_running.set_function(running)
         self.requests_waiting.set_function(waiting)
         self.kv_cache_used.set_function(kv_used_ratio)

@@ -62,6 +62,7 @@ class Service:
             running=lambda: engine.snapshot().running,
             waiting=lambda: max(0, admission.admitted - engine.snapshot().running),
             kv_used_ratio=lambda: engine.snapshot().kv_used_ratio,
+            preempted=lambda: engine.snapshot().preempted,
         )
 
     def models(self) -> list[str]:

@@ -156,7 +156,7 @@ class ScriptedEngine:
         return self.heartbeat_age
 
     def snapshot(self) -> EngineSnapshot:
-        return EngineSnapshot(len(self._running), 0, 0.25, 0)
+        return EngineSnapshot(len(self._running), 0, 0.25, 0, 3)
 
     def _run(self) -> None:
         while not self._stopping:

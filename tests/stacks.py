@@ -47,10 +47,16 @@ def header_for(
 
 
 def to_serving(
-    geometry: Geometry, config: MoeLoraConfig, projections: Projections, *, dtype: torch.dtype = torch.float32
+    geometry: Geometry,
+    config: MoeLoraConfig,
+    projections: Projections,
+    *,
+    dtype: torch.dtype = torch.float32,
+    domain: str = "math",
+    round: int = 1,
 ) -> ServingStack:
     """The serving form of those weights on the CPU."""
-    header = header_for(geometry, config)
+    header = header_for(geometry, config, domain=domain, round=round)
     groups = pack_groups(header, projections)
     return serving_stack(header, groups, dtype=dtype, device=torch.device("cpu"))
 

@@ -35,6 +35,7 @@ CACHED_TOKENS = 32  # whose activations stay in the nearest cache while a thread
 BLOCKED_PAIRS = 32  # of one stack, that share the reading of its experts
 FETCHED_PAIRS = 4  # up to here, reading a stack's weights is what takes the time
 BLOCKED_QUERIES = 8  # that share one reading of keys and values
+FETCHED_POSITIONS = 16  # of keys or values that do not lie behind those that are being read
 SPINS = 10_000  # of a thread that waits for another, before it lets others have its core
 MEETING_YIELDS = 1_000_000  # about a second
 
@@ -605,6 +606,30 @@ def _exponentials(scores: Any, scaling: float, scratch: Any) -> Any:
     return total
 
 
+@njit(cache=True)
+def _cut_pieces(pieces: Any, begin: int, end: int, parts: Any) -> int:
+    """How many pieces (P, 2) hold a sequence's positions from `begin` to `end`. Writes start and length in the cache of
+    what they hold of them into parts (P, 2).
+    """
+    count, at = 0, 0  # positions of the sequence that come before the piece
+    for piece in range(pieces.shape[0]):
+        start, length = pieces[piece]
+        low, high = max(begin - at, 0), min(end - at, length)
+        if low < high:
+            parts[count, 0], parts[count, 1] = start + low, high - low
+            count += 1
+        at += length
+    return count
+
+
+@njit(cache=True)
+def _fetch_part(cache: Any, parts: Any, part: int) -> None:
+    """Asks for the beginning of a part: processors foresee how a part goes on, not where the next one lies."""
+    if part < parts.shape[0]:
+        start, length = parts[part]
+        _fetch(cache[start : start + min(length, FETCHED_POSITIONS)])
+
+
 @njit(fastmath=FAST, cache=True)
 def _attend(
     first: int,
@@ -612,6 +637,7 @@ def _attend(
     group: int,
     pasts: Any,
     window: int,
+    pieces: Any,
     keys: Any,
     values: Any,
     scaling: float,
@@ -620,16 +646,22 @@ def _attend(
 ) -> None:
     """Some queries of one sequence and key head, from the first-th on, over what each sees.
 
-    queries (n, D); pasts and out (T, G D) of the sequence's tokens, of which query q belongs to the (q // G)-th; keys
-    and values (the sequence's positions, D).
+    queries (n, D); pasts and out (T, G D) of the sequence's tokens, of which query q belongs to the (q // G)-th; the
+    sequence's pieces (P, 2) of keys and values (N, D).
     """
     num, size = queries.shape
-    scores, sums, numbers, lanes = scratch
+    scores, sums, numbers, lanes, all_parts = scratch
     last_past, begin = pasts[(first + num - 1) // group], 0
     if window:
         begin = max(0, pasts[first // group] + 1 - window)
     end = last_past + 1
-    _product(keys[begin:end], 0, end - begin, queries, scores)
+    parts = all_parts[: _cut_pieces(pieces, begin, end, all_parts)]
+    at = 0
+    for part in range(parts.shape[0]):
+        start, length = parts[part]
+        _fetch_part(keys, parts, part + 1)
+        _product(keys[start : start + length], 0, length, queries, scores[:, at:])
+        at += length
     sums[:num] = np.float32(0.0)
     for n in range(num):
         past = pasts[(first + n) // group]
@@ -640,7 +672,12 @@ def _attend(
         scores[n, high : end - begin] = np.float32(0.0)
         for m in range(low, high):
             scores[n, m] /= total
-    _add_weighted(scores, values[begin:end], sums, numbers[:num])
+    at = 0
+    for part in range(parts.shape[0]):
+        start, length = parts[part]
+        _fetch_part(values, parts, part + 1)
+        _add_weighted(scores[:, at:], values[start : start + length], sums, numbers[:num])
+        at += length
     for n in range(num):
         token, g = (first + n) // group, (first + n) % group
         _copy(sums[n], out[token, g * size : (g + 1) * size])
@@ -670,7 +707,7 @@ def _attend_part(
     attended: Any,
 ) -> None:
     """A thread's share of a layer's attention. queries (Hk, T G, D), keys and values (Hk, N, D), attended (T, Hq D)."""
-    _, _, _, pasts, first_tokens, starts, _ = tokens
+    _, _, _, pasts, first_tokens, _, first_pieces, pieces, _ = tokens
     num_key_heads, _, size = queries.shape
     group = queries.shape[1] // pasts.size
     # Few sequences: small blocks, so that no thread waits long for another.
@@ -679,7 +716,7 @@ def _attend_part(
     item = 0
     for sequence in range(first_tokens.size - 1):
         begin, end = first_tokens[sequence], first_tokens[sequence + 1]
-        start, length = starts[sequence], pasts[end - 1] + 1
+        of_sequence = pieces[first_pieces[sequence] : first_pieces[sequence + 1]]
         for head in range(num_key_heads):
             for first in range(0, (end - begin) * group, block):
                 item += 1
@@ -688,8 +725,8 @@ def _attend_part(
                 last = min(first + block, (end - begin) * group)
                 _attend(
                     first, queries[head, begin * group + first : begin * group + last], group, pasts[begin:end],
-                    window, keys[head, start : start + length], values[head, start : start + length], scaling,
-                    scratch, attended[begin:end, head * group * size : (head + 1) * group * size],
+                    window, of_sequence, keys[head], values[head], scaling, scratch,
+                    attended[begin:end, head * group * size : (head + 1) * group * size],
                 )  # fmt: skip
 
 
@@ -925,12 +962,11 @@ def _decode_part(
     cache: Any,
     decoder: Any,
     stacks: Any,
-    positions: Any,
     shared: Any,
     logits: Any,
 ) -> None:
     """What one of the threads does in a step. All of them walk through the same phases and wait for each other."""
-    embedded, cos, sin, pasts, _, _, wanted = tokens
+    embedded, cos, sin, pasts, _, places, _, pieces, wanted = tokens
     keys, values = cache
     qkv_weight, qkv_bias, o_weight, o_bias, gate_up_weight, gate_up_bias, down_weight, down_bias = decoder[:8]
     norms, head_norms, final_norm, head_weight, windows, rope_kinds, eps, scaling, is_gelu = decoder[8:]
@@ -966,6 +1002,7 @@ def _decode_part(
         np.empty((BLOCKED_QUERIES, keys.shape[3]), np.float32),
         np.arange(BLOCKED_QUERIES),
         np.empty(LANES, np.float32),
+        np.empty_like(pieces),
     )
     passed = 0
     for layer in range(num_layers):
@@ -978,10 +1015,10 @@ def _decode_part(
         kind = rope_kinds[layer]
         for item in range(thread, rows * num_key_heads, threads):
             t, head = item // num_key_heads, item % num_key_heads
-            position = positions[t]
+            place = places[t]
             _place_heads(
-                head, qkv[t], head_norms[layer], cos[kind, t], sin[kind, t], keys[layer, head, position],
-                values[layer, head, position], eps, queries[head, t * group_size : (t + 1) * group_size],
+                head, qkv[t], head_norms[layer], cos[kind, t], sin[kind, t], keys[layer, head, place],
+                values[layer, head, place], eps, queries[head, t * group_size : (t + 1) * group_size],
             )  # fmt: skip
         passed = _wait_for_all(counter, threads, passed)
         _attend_part(
@@ -1042,7 +1079,9 @@ def decode(threads: int, arrivals: Any, tokens: Any, cache: Any, decoder: Any, s
 
     arrivals: (1,), 0.
     tokens: embedded (T, H); cosines and sines (rope kinds, T, D); how many tokens of its sequence precede each (T,);
-        where each sequence's tokens begin (Q + 1,) and its first position in the cache (Q,); the wanted tokens (W,).
+        where each sequence's tokens begin (Q + 1,); each token's position in the cache (T,); where each sequence's
+        pieces of the cache begin (Q + 1,); start and length of the pieces (pieces, 2), of each sequence as many as its
+        tokens need; the wanted tokens (W,).
     cache: keys and values (L, Hk, N, D).
     decoder: weights and biases of the input groups, (L, O, I) and (L, O or 0) of each; norms (L, 2 or 4, H), of query
         and key heads (L, 2, D or 0), the last (1, H); head (V, H); window and rope kind of each layer (L,), window 0:
@@ -1052,8 +1091,7 @@ def decode(threads: int, arrivals: Any, tokens: Any, cache: Any, decoder: Any, s
         and K (stacks, 3); the addresses of `a_and_gate` and of each b (stacks, L, 4, 4); of the input groups the number
         of projections (4,), and outputs of each projection (4, 3).
     """
-    embedded, _, _, pasts, first_tokens, starts, _ = tokens
-    num_tokens, size = embedded.shape
+    num_tokens, size = tokens[0].shape
     _, num_key_heads, _, head_size = cache[0].shape
     num_qkv, num_queries, num_mlp = decoder[0].shape[1], decoder[2].shape[2], decoder[6].shape[2]
     group_size = num_queries // (num_key_heads * head_size)
@@ -1061,10 +1099,6 @@ def decode(threads: int, arrivals: Any, tokens: Any, cache: Any, decoder: Any, s
     max_rank, max_top_k = 1, 1
     for s in range(shapes.shape[0]):
         max_rank, max_top_k = max(max_rank, shapes[s, RANK]), max(max_top_k, shapes[s, TOP_K])
-    positions = np.empty(num_tokens, np.int64)  # in the cache
-    for sequence in range(starts.size):
-        for t in range(first_tokens[sequence], first_tokens[sequence + 1]):
-            positions[t] = starts[sequence] + pasts[t]
     stored = decoder[0].dtype
     shared = (
         np.empty((num_tokens, num_qkv), np.float32),
@@ -1077,4 +1111,4 @@ def decode(threads: int, arrivals: Any, tokens: Any, cache: Any, decoder: Any, s
         np.empty((num_pairs, 3, max_top_k), np.int64),
     )
     for thread in prange(threads):
-        _decode_part(np.int64(thread), threads, arrivals, tokens, cache, decoder, stacks, positions, shared, logits)
+        _decode_part(np.int64(thread), threads, arrivals, tokens, cache, decoder, stacks, shared, logits)

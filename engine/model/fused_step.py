@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.block_table import BlockTable
 from engine.model.base import Base
 from engine.model.decoder_plan import DecoderPlan, plan_decoder
 from engine.model.fused_kernels import BLOCKED_PAIRS, count_together, decode
@@ -38,7 +39,7 @@ class FusedRow:
     """The next tokens of one sequence."""
 
     token_ids: Sequence[int]
-    start: int  # the sequence's first position in the cache
+    table: BlockTable  # where the sequence lies in the cache
     past: int  # its tokens that are in the cache
     mix: Mapping[ServingStack, float]
     wants_logits: bool  # behind its last token
@@ -71,7 +72,7 @@ class FusedStep:
         self._addresses: WeakKeyDictionary[ServingStack, Array] = WeakKeyDictionary()
         started = time.monotonic()
         self.logits(
-            [FusedRow([0], 0, 0, {}, True)]
+            [FusedRow([0], BlockTable.of([0]), 0, {}, True)]
         )  # compiles, or reads what was compiled before; nobody uses the cache yet
         logger.info("fused step ready threads=%d seconds=%.1f", self._threads, time.monotonic() - started)
 
@@ -85,8 +86,7 @@ class FusedStep:
             ids = torch.tensor([token for row in rows for token in row.token_ids])
             hidden = base.decoder.embed_tokens(ids).float()  # type: ignore[operator]
             rotations = self._rotations(torch.tensor([pasts]))
-        starts = np.array([row.start for row in rows])
-        tokens = (array_of(hidden), *rotations, np.array(pasts), np.concatenate([[0], ends]), starts, wanted)
+        tokens = (array_of(hidden), *rotations, np.array(pasts), np.concatenate([[0], ends]), *_places(rows), wanted)
         logits = torch.empty(len(wanted), base.text_config.vocab_size)
         arrivals = np.zeros(1, np.int64)
         with _one_at_a_time:
@@ -163,10 +163,19 @@ def _addresses(stack: ServingStack) -> Array:
     return addresses
 
 
+def _places(rows: Sequence[FusedRow]) -> tuple[Array, Array, Array]:
+    """Where in the cache each token goes (T,); where each row's pieces begin, and the last ends (Q + 1,); pieces."""
+    places = [row.table.place(row.past + index) for row in rows for index in range(len(row.token_ids))]
+    first_pieces = np.cumsum([0, *(len(row.table.pieces) for row in rows)])
+    pieces = [(piece.start, piece.length) for row in rows for piece in row.table.pieces]
+    return np.array(places), first_pieces, np.array(pieces)
+
+
 def _pairs(rows: Sequence[FusedRow]) -> tuple[list[ServingStack], tuple[Array, ...]]:
     """The stacks in use; where blocks of their pairs begin and the last ends; stack, token and weight of each (J,).
 
-    A token's pairs are computed in the order of their stacks, which must not depend on the other rows.
+    A token's pairs are computed in the order of their domains and rounds, which depends neither on the other rows nor
+    on where the stacks lie.
     """
     uses: dict[ServingStack, list[tuple[int, float]]] = {}
     token = 0
@@ -176,7 +185,7 @@ def _pairs(rows: Sequence[FusedRow]) -> tuple[list[ServingStack], tuple[Array, .
                 tokens = range(token, token + len(row.token_ids))
                 uses.setdefault(stack, []).extend((t, weight * stack.scale) for t in tokens)
         token += len(row.token_ids)
-    in_use = sorted(uses, key=lambda stack: stack.memory.data_ptr())
+    in_use = sorted(uses, key=lambda stack: (stack.domain, stack.round))
     block_start, pair_stack, pairs = [0], list[int](), list[tuple[int, float]]()
     for number, stack in enumerate(in_use):
         pair_stack += [number] * len(uses[stack])

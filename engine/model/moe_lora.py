@@ -67,6 +67,8 @@ class ServingGroup:
 class ServingStack:
     """One frozen stack on the device, ready to be computed or packed."""
 
+    domain: str
+    round: int
     num_experts: int
     rank: int
     top_k: int
@@ -93,6 +95,8 @@ def serving_stack(
         _fill(group, groups[key])
     memory = _to_device(host, device)
     return ServingStack(
+        domain=header.domain,
+        round=header.round,
         num_experts=header.num_experts,
         rank=header.rank,
         top_k=header.top_k,

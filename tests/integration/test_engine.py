@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.block_table import BLOCK_TOKENS
 from engine.engine import Engine
 from engine.errors import EngineFailed, EngineStopped, PromptTooLong
 from engine.model.base import load_base
@@ -17,8 +18,16 @@ from engine.model.inject import inject
 from engine.model.moe_lora import MoeLoraConfig, ServingDeltas, StackPack
 from engine.model.training_form import MoeLoraStack, TrainingDeltas
 from engine.slots import ResidentDomain
-from engine.types import Event, FinishedEvent, GenerationRequest, PromptEvent, SamplingParams, TokensEvent
-from tests.engines import Client, collect
+from engine.types import (
+    EngineSnapshot,
+    Event,
+    FinishedEvent,
+    GenerationRequest,
+    PromptEvent,
+    SamplingParams,
+    TokensEvent,
+)
+from tests.engines import Client, Collected, collect
 from tests.reference import ReferenceModel, WeightedStack
 from tests.stacks import random_projections, to_serving
 
@@ -43,12 +52,23 @@ def running_engine(folder: Path, *, fused_step: bool = True, **options: int) -> 
         engine.stop()
 
 
+def settled(engine: Engine) -> EngineSnapshot:
+    """What the engine was doing after the step that sent its latest event."""
+    for _ in range(2):  # the first may run before that step's snapshot
+        engine.run_on_device(lambda: None).result(timeout=60)
+    return engine.snapshot()
+
+
 def domains_of(client: Client) -> tuple[list[ResidentDomain], list[list[WeightedStack]]]:
     """Three domains of unlike shapes, the last of two rounds; and the same for the reference, at weight 1."""
     geometry = client.engine.base.geometry
     drawn = [(c, random_projections(geometry, c, seed=i)) for i, c in enumerate([*CONFIGS, CONFIGS[0]])]
-    stacks = [to_serving(geometry, config, p, dtype=client.engine.base.dtype) for config, p in drawn]
     rounds = [[0], [1], [2, 3]]
+    places = [(f"d{domain}", number) for domain, of_one in enumerate(rounds) for number in range(1, len(of_one) + 1)]
+    stacks = [
+        to_serving(geometry, config, p, dtype=client.engine.base.dtype, domain=domain, round=number)
+        for (config, p), (domain, number) in zip(drawn, places, strict=True)
+    ]
     resident = [ResidentDomain(f"d{i}", f"v{i}", tuple(stacks[j] for j in r)) for i, r in enumerate(rounds)]
     reference = [[(drawn[j][0], drawn[j][1], 1.0) for j in r] for r in rounds]
     return resident, reference
@@ -113,8 +133,8 @@ def test_a_prompt_that_begins_like_a_finished_one_continues_it(
         second = client.run(turn, greedy(), mix)
         elsewhere = client.run(turn, greedy(), other)
         without = client.run(turn, greedy())
-    assert (first.cached_tokens, again.cached_tokens) == (0, len(prompt) - 1)
-    assert second.cached_tokens == len(prompt) + 11  # the last token of an answer is never fed back
+    assert (first.cached_tokens, again.cached_tokens) == (0, 2 * BLOCK_TOKENS)  # of 40 tokens
+    assert second.cached_tokens == 3 * BLOCK_TOKENS  # of 51: the last token of an answer is never fed back
     assert elsewhere.cached_tokens == without.cached_tokens == 0
     weights = {0: 1.0, 2: 0.5}
     assert first.token_ids == again.token_ids == reference.greedy(prompt, weighted(slow, weights), 12)
@@ -132,7 +152,56 @@ def test_what_is_kept_makes_room_for_what_runs(tiny_base_folder: Callable[[str],
             events = [client.submit(prompt, greedy(8))[1] for prompt in prompts]
             got = [collect(pending) for pending in events]
             assert [one.token_ids for one in got] == [reference.greedy(prompt, [], 8) for prompt in prompts]
-        assert client.engine.snapshot().kv_used_ratio == 0.0
+        assert settled(client.engine).kv_used_ratio == 0.0
+
+
+@pytest.mark.parametrize("fused_step", [True, False], ids=["fused", "modules"])
+def test_those_that_gave_way_go_on_as_if_nothing_had_happened(
+    fused_step: bool, tiny_base_folder: Callable[[str], Path]
+) -> None:
+    """Sampled with a seed and penalties, which depend on all that came before."""
+    sampling = [
+        SamplingParams(max_tokens=40, seed=number, frequency_penalty=0.5, logprobs=1, ignore_eos=True)
+        for number in range(4)
+    ]
+    answers: dict[int, list[Collected]] = {}
+    for tokens in (1024, 128):
+        with running_engine(tiny_base_folder("llama"), kv_cache_tokens=tokens, fused_step=fused_step) as client:
+            domains, _ = domains_of(client)
+            queues = [
+                client.submit(PROMPTS[1], one, [(domains[i], weight) for i, weight in mix.items()])[1]
+                for one, mix in zip(sampling, MIXES, strict=True)
+            ]
+            answers[tokens] = [collect(pending) for pending in queues]
+            snapshot = settled(client.engine)
+            assert (snapshot.preempted > 0) == (tokens == 128)
+            assert snapshot.kv_used_ratio == 0.0
+    for ample, scarce in zip(answers[1024], answers[128], strict=True):
+        assert len(scarce.token_ids) == 40
+        assert scarce.token_ids == ample.token_ids
+        assert scarce.text == ample.text
+        tolerance = 0.0 if fused_step else 1e-4
+        assert [one.logprob for one in scarce.logprobs] == pytest.approx(
+            [one.logprob for one in ample.logprobs], abs=tolerance
+        )
+
+
+def test_prompt_logprobs_are_whole_though_the_sequence_gave_way(
+    tiny_base_folder: Callable[[str], Path], llama_reference: ReferenceModel
+) -> None:
+    prompt = list(range(5, 100))
+    expected = llama_reference.logits(prompt, []).log_softmax(-1)
+    with running_engine(tiny_base_folder("llama"), kv_cache_tokens=128, prompt_tokens_beside_decode=2) as client:
+        _, events = client.submit(PROMPTS[0], greedy(60))
+        while not isinstance(events.get(timeout=60), TokensEvent):
+            pass
+        got = collect(client.submit(prompt, greedy(2, prompt_logprobs=0))[1])
+        assert settled(client.engine).preempted == 1
+    assert got.prompt_logprobs is not None
+    assert len(got.prompt_logprobs) == len(prompt)
+    for position, entry in enumerate(got.prompt_logprobs[1:]):
+        assert entry is not None
+        assert entry.logprob == pytest.approx(expected[position, entry.token_id].item(), abs=1e-4)
 
 
 def test_prompt_logprobs_are_whole_though_the_prompt_is_known(llama: Client) -> None:
@@ -391,8 +460,7 @@ def test_cancelling_in_the_middle_of_a_chunked_prompt_gives_back_everything(
         finished = collect(events).finished
         assert finished is not None
         assert finished.reason == "cancelled"
-        engine.run_on_device(lambda: None).result(timeout=60)
-        assert engine.snapshot().kv_used_ratio == 0.0
+        assert settled(engine).kv_used_ratio == 0.0
 
 
 def test_the_pack_lets_go_of_a_mix_that_nobody_uses_while_others_run(llama: Client) -> None:

@@ -68,6 +68,7 @@ def test_running_and_waiting_follow_the_engine(server: LiveServer) -> None:
     assert "brainstacks_requests_running 2.0" in text
     assert "brainstacks_requests_waiting 3.0" in text
     assert "brainstacks_kv_cache_used_ratio 0.25" in text
+    assert "brainstacks_preemptions_total 3.0" in text
     assert_nothing_is_left(server)
     assert "brainstacks_requests_running 0.0" in scraped(server)
     assert "brainstacks_requests_waiting 0.0" in scraped(server)

@@ -11,6 +11,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from engine.block_table import BLOCK_TOKENS, BlockTable
 from engine.model.base import Base, load_base
 from engine.model.fused_kernels import memory_at, narrowed, widened
 from engine.model.fused_step import FusedRow, FusedStep, make_fused_step
@@ -20,7 +21,7 @@ from tests.reference import ReferenceModel
 from tests.stacks import Projections, random_projections, to_serving
 
 CONFIGS = [MoeLoraConfig(4, 4, 2, 4.0), MoeLoraConfig(2, 8, 1, 2.0), MoeLoraConfig(3, 2, 3, 4.0)]
-SPAN = 32
+SPAN = 2 * BLOCK_TOKENS
 Folder = Callable[[str], Path]
 
 
@@ -29,7 +30,7 @@ def load(folder: Path, dtype: Any = "float32") -> Base:
 
 
 def step_of(base: Base, rows: int, *, threads: int = 1) -> FusedStep:
-    """A fused step whose cache has a span for each of the rows."""
+    """A fused step whose cache has two blocks for each of the rows."""
     config = base.text_config
     shape = (base.num_layers, config.num_key_value_heads, rows * SPAN, config.head_dim)
     before = torch.get_num_threads()
@@ -42,25 +43,49 @@ def step_of(base: Base, rows: int, *, threads: int = 1) -> FusedStep:
     return step
 
 
+def tables_of(rows: int) -> list[BlockTable]:
+    """Two blocks of each row, of which those of every second row do not lie behind each other."""
+    tables = [BlockTable.of([2 * row, 2 * row + 1]) for row in range(rows)]
+    for row in range(1, rows, 2):
+        tables[row] = BlockTable.of(reversed(tables[row].blocks))
+    return tables
+
+
 def decoded(
     step: FusedStep, texts: list[list[int]], mixes: list[dict[ServingStack, float]], *, chunk: int = 1
 ) -> list[Tensor]:
     """The logits behind every chunk of every row: (chunks, V) each. The rows run side by side while they last."""
+    tables = tables_of(len(texts))
     logits: list[list[Tensor]] = [[] for _ in texts]
     for past in range(0, max(map(len, texts)), chunk):
         numbers = [number for number, text in enumerate(texts) if past < len(text)]
-        rows = [FusedRow(texts[n][past : past + chunk], n * SPAN, past, mixes[n], True) for n in numbers]
+        rows = [FusedRow(texts[n][past : past + chunk], tables[n], past, mixes[n], True) for n in numbers]
         for number, values in zip(numbers, step.logits(rows), strict=True):
             logits[number].append(values)
     return [torch.stack(values) for values in logits]
 
 
+def drawn_projections(base: Base, number: int) -> Projections:
+    return random_projections(base.geometry, CONFIGS[number], seed=number)
+
+
+def drawn_stack(base: Base, number: int) -> ServingStack:
+    """In memory of its own each time."""
+    projections = drawn_projections(base, number)
+    return to_serving(base.geometry, CONFIGS[number], projections, dtype=base.dtype, round=number + 1)
+
+
 def drawn_stacks(base: Base) -> tuple[list[ServingStack], list[tuple[MoeLoraConfig, Projections]]]:
-    drawn = [(config, random_projections(base.geometry, config, seed=i)) for i, config in enumerate(CONFIGS)]
-    return [to_serving(base.geometry, config, p, dtype=base.dtype) for config, p in drawn], drawn
+    numbers = range(len(CONFIGS))
+    return [drawn_stack(base, n) for n in numbers], [(CONFIGS[n], drawn_projections(base, n)) for n in numbers]
 
 
-TEXTS = [[5, 9, 200, 31, 7, 90, 11, 12, 13, 14, 15, 16], [80, 81, 82], [3], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49]]
+TEXTS = [
+    [5, 9, 200, 31, 7, 90, 11, 12, 13, 14, 15, 16, *range(20, 32)],
+    [80, 81, 82],
+    [3],
+    [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, *range(60, 80)],
+]
 MIXES: list[dict[int, float]] = [{0: 1.0}, {}, {1: 0.7, 2: 0.3}, {0: 0.2, 1: 0.9, 2: 1.0}]
 
 
@@ -89,14 +114,15 @@ def test_every_row_has_the_logits_of_the_plain_forward(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_logits_are_the_same_bits_in_any_company_and_chunks(
+def test_logits_are_the_same_bits_in_any_company_chunks_and_memory(
     architecture: str, dtype: str, tiny_base_folder: Folder
 ) -> None:
     base = load(tiny_base_folder(architecture), dtype)
     stacks, _ = drawn_stacks(base)
-    mixes = [{stacks[i]: weight for i, weight in mix.items()} for mix in MIXES]
+    elsewhere = [drawn_stack(base, number) for number in reversed(range(len(stacks)))][::-1]
+    mixes, same_mixes = ([{of[i]: weight for i, weight in mix.items()} for mix in MIXES] for of in (stacks, elsewhere))
     together = decoded(step_of(base, 4, threads=2), TEXTS, mixes)
-    for text, mix, expected in zip(TEXTS, mixes, together, strict=True):
+    for text, mix, expected in zip(TEXTS, same_mixes, together, strict=True):
         [alone] = decoded(step_of(base, 1), [text], [mix])
         assert torch.equal(alone, expected)
         [in_chunks] = decoded(step_of(base, 1), [text], [mix], chunk=5)
@@ -106,9 +132,10 @@ def test_logits_are_the_same_bits_in_any_company_and_chunks(
 def test_only_wanted_logits_are_computed(tiny_base_folder: Folder) -> None:
     base = load(tiny_base_folder("llama"))
     step = step_of(base, 2)
-    unwanted = FusedRow(TEXTS[0][:4], 0, 0, {}, False)
-    [logits] = step.logits([unwanted, FusedRow(TEXTS[1], SPAN, 0, {}, True)])
-    [alone] = step_of(base, 1).logits([FusedRow(TEXTS[1], 0, 0, {}, True)])
+    first, second = tables_of(2)
+    unwanted = FusedRow(TEXTS[0][:4], first, 0, {}, False)
+    [logits] = step.logits([unwanted, FusedRow(TEXTS[1], second, 0, {}, True)])
+    [alone] = step_of(base, 1).logits([FusedRow(TEXTS[1], first, 0, {}, True)])
     torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0.0)
     assert step.logits([replace(unwanted, past=4)]).shape == (0, base.text_config.vocab_size)
 
