@@ -52,6 +52,15 @@ def running_engine(folder: Path, *, fused_step: bool = True, **options: int) -> 
         engine.stop()
 
 
+@contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """What is submitted in the block starts in one step."""
+    gate = threading.Event()
+    engine.run_on_device(lambda: gate.wait(60))
+    yield
+    gate.set()
+
+
 def settled(engine: Engine) -> EngineSnapshot:
     """What the engine was doing after the step that sent its latest event."""
     for _ in range(2):  # the first may run before that step's snapshot
@@ -168,10 +177,11 @@ def test_those_that_gave_way_go_on_as_if_nothing_had_happened(
     for tokens in (1024, 128):
         with running_engine(tiny_base_folder("llama"), kv_cache_tokens=tokens, fused_step=fused_step) as client:
             domains, _ = domains_of(client)
-            queues = [
-                client.submit(PROMPTS[1], one, [(domains[i], weight) for i, weight in mix.items()])[1]
-                for one, mix in zip(sampling, MIXES, strict=True)
-            ]
+            with held(client.engine):
+                queues = [
+                    client.submit(PROMPTS[1], one, [(domains[i], weight) for i, weight in mix.items()])[1]
+                    for one, mix in zip(sampling, MIXES, strict=True)
+                ]
             answers[tokens] = [collect(pending) for pending in queues]
             snapshot = settled(client.engine)
             assert (snapshot.preempted > 0) == (tokens == 128)
@@ -191,11 +201,12 @@ def test_prompt_logprobs_are_whole_though_the_sequence_gave_way(
 ) -> None:
     prompt = list(range(5, 100))
     expected = llama_reference.logits(prompt, []).log_softmax(-1)
-    with running_engine(tiny_base_folder("llama"), kv_cache_tokens=128, prompt_tokens_beside_decode=2) as client:
-        _, events = client.submit(PROMPTS[0], greedy(60))
-        while not isinstance(events.get(timeout=60), TokensEvent):
-            pass
-        got = collect(client.submit(prompt, greedy(2, prompt_logprobs=0))[1])
+    folder = tiny_base_folder("llama")
+    with running_engine(folder, kv_cache_tokens=128, max_step_tokens=8, prompt_tokens_beside_decode=2) as client:
+        with held(client.engine):
+            client.submit(PROMPTS[0], greedy(60))
+            _, events = client.submit(prompt, greedy(2, prompt_logprobs=0))
+        got = collect(events)
         assert settled(client.engine).preempted == 1
     assert got.prompt_logprobs is not None
     assert len(got.prompt_logprobs) == len(prompt)
