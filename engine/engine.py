@@ -4,6 +4,7 @@ Knows the order of things in a step, not how a step is computed. Everything that
 engine's thread; other threads leave commands in a queue.
 """
 
+import itertools
 import logging
 import math
 import queue
@@ -11,14 +12,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
 
 from engine.block_table import BLOCK_TOKENS, num_blocks_for
 from engine.errors import EngineError, EngineFailed, EngineStopped, PromptTooLong
 from engine.kv_cache import KvCache
 from engine.model.base import Base
+from engine.model.hidden import hidden_states
 from engine.runner import Runner, StepOutput
 from engine.sampling import sample, token_logprobs
 from engine.scheduler import ScheduledRow, Scheduler
@@ -30,6 +37,8 @@ from engine.types import (
     FinishReason,
     GenerationRequest,
     PromptEvent,
+    SamplingParams,
+    StatesEvent,
     TokenLogprob,
 )
 
@@ -124,6 +133,7 @@ class Engine:
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._sequences: dict[str, Sequence] = {}
         self._jobs: deque[_Job[Any]] = deque()
+        self._num_reads = itertools.count()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = threading.Event()
         self._end: EngineError = EngineStopped("the engine is shutting down")
@@ -153,8 +163,30 @@ class Engine:
         Raises PromptTooLong if prompt and max_tokens exceed the context, ValueError for tokens outside the vocabulary.
         """
         self._check(request)
-        sequence = new_sequence(request, on_event, tokenizer=self.base.tokenizer, eos_token_ids=self.base.eos_token_ids)
-        self._put(_Submit(sequence))
+        self._put(_Submit(self._new_sequence(request, on_event)))
+
+    def read(self, token_ids: Rows[int], layer: int) -> "Future[tuple[Tensor, Tensor]]":
+        """Hidden states of a text under the base alone: behind a layer (T, H), and behind the final norm (T, H).
+
+        Layers count from 1; 0 is the embedding. The text is computed beside what is generated and before prompts that
+        wait. The future cannot be cancelled. ValueError for an empty text or a token outside the vocabulary.
+        """
+        if len(token_ids) > self.max_model_len:  # the cache may not hold it
+            return self.run_on_device(partial(hidden_states, self.base, token_ids, layer))
+        request = GenerationRequest(f"read {next(self._num_reads)}", tuple(token_ids), SamplingParams(max_tokens=0))
+        self._check(request)
+        future: Future[tuple[Tensor, Tensor]] = Future()
+        future.set_running_or_notify_cancel()
+
+        def on_event(event: Event) -> None:
+            match event:
+                case StatesEvent(mid, last):
+                    future.set_result((mid, last))
+                case FailedEvent(error):
+                    future.set_exception(error)
+
+        self._put(_Submit(self._new_sequence(request, on_event, read_layer=layer)))
+        return future
 
     def cancel(self, request_id: str) -> None:
         """Ends a request before its next step. A request that already ended is left alone."""
@@ -190,6 +222,17 @@ class Engine:
         foreign = [token for token in named if not 0 <= token < vocabulary]
         if foreign:
             raise ValueError(f"token id {foreign[0]} is outside the vocabulary of {vocabulary}")
+
+    def _new_sequence(
+        self, request: GenerationRequest, on_event: Callable[[Event], None], *, read_layer: int | None = None
+    ) -> Sequence:
+        return new_sequence(
+            request,
+            on_event,
+            tokenizer=self.base.tokenizer,
+            eos_token_ids=self.base.eos_token_ids,
+            read_layer=read_layer,
+        )
 
     def _put(self, command: _Command, *, quiet: bool = False) -> None:
         with self._admission:
@@ -271,7 +314,10 @@ class Engine:
 
     def _report_prompts(self, output: StepOutput) -> None:
         """Collects prompt logprobs chunk by chunk; tells each sequence whose prompt is complete."""
-        for sequence, hidden in output.prompt_hidden.items():
+        for sequence, (mid, hidden) in output.states.items():
+            if sequence.is_read_only:
+                self._collect_states(sequence, mid, hidden)
+                continue
             known = sequence.prompt_logprobs
             if not known:
                 known.append(None)  # nothing predicts the first token
@@ -283,6 +329,13 @@ class Engine:
             if sequence.num_output == 0:
                 wanted = sequence.request.sampling.prompt_logprobs is not None
                 sequence.on_event(PromptEvent(tuple(sequence.prompt_logprobs) if wanted else None, sequence.num_reused))
+
+    def _collect_states(self, sequence: Sequence, mid: Tensor, last: Tensor) -> None:
+        sequence.states.append((mid, last))
+        if sequence.num_pending == 0:
+            mids, lasts = zip(*sequence.states, strict=True)
+            self._forget(sequence)
+            sequence.on_event(StatesEvent(torch.cat(mids), torch.cat(lasts)))
 
     def _sample(self, output: StepOutput) -> None:
         """Extends every sampled sequence by one token, unless it wants none."""

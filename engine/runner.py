@@ -24,7 +24,8 @@ class StepOutput:
 
     sampled: list[Sequence]
     sampled_logits: Tensor  # (sampled, V) float32
-    prompt_hidden: dict[Sequence, Tensor]  # of rows that asked for prompt logprobs: (tokens of this step, H)
+    # Of sequences with a `states_layer`: (tokens of this step, H) behind that layer, and behind the final norm.
+    states: dict[Sequence, tuple[Tensor, Tensor]]
 
 
 class Runner:
@@ -52,20 +53,14 @@ class Runner:
         return self._fused is not None
 
     def run(self, rows: Rows[ScheduledRow], running: Rows[Sequence]) -> StepOutput:
-        """Passes the rows' tokens through the model; by the fused step, if there is one and only logits are wanted."""
-        if self._fused is None:
-            return self._run_modules(rows, running)
-        fused = [row for row in rows if not row.sequence.wants_prompt_states]
-        others = [row for row in rows if row.sequence.wants_prompt_states]
-        if not others:
-            self.release_pack()
-            return self._run_fused(self._fused, fused)
-        output = self._run_modules(others, [row.sequence for row in others])
-        return output if not fused else _joined(self._run_fused(self._fused, fused), output)
+        """Passes the rows' tokens through the model, by the fused step if there is one."""
+        return self._run_modules(rows, running) if self._fused is None else self._run_fused(self._fused, rows)
 
     def _run_fused(self, fused: FusedStep, rows: Rows[ScheduledRow]) -> StepOutput:
-        logits = fused.logits([_fused_row(row) for row in rows])
-        return StepOutput([row.sequence for row in rows if row.is_sampled], logits, {})
+        output = fused.run([_fused_row(row) for row in rows])
+        read = [row.sequence for row in rows if row.sequence.states_layer is not None]
+        sampled = [row.sequence for row in rows if row.is_sampled]
+        return StepOutput(sampled, output.logits, dict(zip(read, output.states, strict=True)))
 
     def _run_modules(self, rows: Rows[ScheduledRow], packed: Rows[Sequence]) -> StepOutput:
         """By transformers' own modules. The pack covers the mixes of the `packed` sequences."""
@@ -74,10 +69,15 @@ class Runner:
             ids, positions, places = self._inputs(rows, spans)
             step = AttentionStep(self._keys, self._values, places, spans)
             self._bind_mix(rows, packed)
-            hidden = self.base.decoder(
-                input_ids=ids, position_ids=positions, use_cache=False, attention_step=step
-            ).last_hidden_state[0]  # (T, H)
-            return self._output(rows, spans, hidden)
+            wants_states = any(row.sequence.states_layer is not None for row in rows)
+            output = self.base.decoder(
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=False,
+                attention_step=step,
+                output_hidden_states=wants_states,
+            )
+            return self._output(rows, spans, output.last_hidden_state[0], output.hidden_states)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, H) -> (N, V) in float32."""
@@ -126,16 +126,19 @@ class Runner:
         counts = torch.tensor([row.num_tokens for row in rows])
         self._deltas.current = self._pack.step(weights.repeat_interleave(counts, dim=0))
 
-    def _output(self, rows: Rows[ScheduledRow], spans: Rows[RowSpan], hidden: Tensor) -> StepOutput:
+    def _output(
+        self, rows: Rows[ScheduledRow], spans: Rows[RowSpan], hidden: Tensor, layers: Rows[Tensor] | None
+    ) -> StepOutput:
+        """`hidden` (T, H) is behind the norm; `layers` (1, T, H) each, behind the embedding and each layer."""
         sampled = [(row.sequence, span) for row, span in zip(rows, spans, strict=True) if row.is_sampled]
         last = torch.tensor([span.first_token + span.num_tokens - 1 for _, span in sampled], dtype=torch.long)
         logits = self.logits(hidden[last.to(hidden.device)])
-        prompt_hidden = {
-            row.sequence: hidden[span.first_token : span.first_token + span.num_tokens]
-            for row, span in zip(rows, spans, strict=True)
-            if row.sequence.wants_prompt_states
-        }
-        return StepOutput([sequence for sequence, _ in sampled], logits, prompt_hidden)
+        states = {}
+        for row, span in zip(rows, spans, strict=True):
+            if layers is not None and row.sequence.states_layer is not None:
+                of_row = slice(span.first_token, span.first_token + span.num_tokens)
+                states[row.sequence] = layers[row.sequence.states_layer][0, of_row], hidden[of_row]
+        return StepOutput([sequence for sequence, _ in sampled], logits, states)
 
 
 def _row_spans(rows: Rows[ScheduledRow]) -> list[RowSpan]:
@@ -151,7 +154,7 @@ def _fused_row(row: ScheduledRow) -> FusedRow:
     sequence = row.sequence
     past = sequence.num_computed
     ids = sequence.token_ids[past : past + row.num_tokens]
-    return FusedRow(ids, sequence.table, past, _stack_weights(sequence), row.is_sampled)
+    return FusedRow(ids, sequence.table, past, _stack_weights(sequence), row.is_sampled, sequence.states_layer)
 
 
 def _stack_weights(sequence: Sequence) -> dict[ServingStack, float]:
@@ -161,11 +164,3 @@ def _stack_weights(sequence: Sequence) -> dict[ServingStack, float]:
         for stack in domain.stacks:
             weights[stack] = weights.get(stack, 0.0) + weight
     return weights
-
-
-def _joined(first: StepOutput, second: StepOutput) -> StepOutput:
-    return StepOutput(
-        first.sampled + second.sampled,
-        torch.cat([first.sampled_logits, second.sampled_logits]),
-        first.prompt_hidden | second.prompt_hidden,
-    )

@@ -1,8 +1,9 @@
 """Decides which sequences run in the next step. Knows token counts and cache blocks, not tensors.
 
-Oldest first: a sequence that waits for cache room is never overtaken, so none starves. Running sequences always get
-their next token; what is left of a step's token budget goes to prompts, the oldest first, in chunks. Beside sequences
-that decode, prompts may have a smaller budget, which bounds how long a stream waits for its next token.
+Oldest first: a sequence that waits for cache room is never overtaken, so none starves, but for texts that are only
+read. These are short, somebody waits for them who cannot start before, and they come first. Running sequences always
+get their next token; what is left of a step's token budget goes to prompts, the oldest first, in chunks. Beside
+sequences that decode, prompts may have a smaller budget, which bounds how long a stream waits for its next token.
 
 A sequence starts once there are blocks for all tokens that it has, and takes more as it grows. When none are left, the
 youngest gives its blocks up and waits to be computed again, before all others that wait. The oldest always goes on, so
@@ -26,8 +27,8 @@ class ScheduledRow:
 
     @property
     def is_sampled(self) -> bool:
-        """Whether these tokens are the sequence's last known ones."""
-        return self.num_tokens == self.sequence.num_pending
+        """Whether these tokens are the last known ones of a sequence that goes on."""
+        return self.num_tokens == self.sequence.num_pending and not self.sequence.is_read_only
 
 
 class Scheduler:
@@ -45,8 +46,11 @@ class Scheduler:
         self.num_preempted = 0  # how often a sequence gave its blocks up
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a sequence at the end of the queue."""
-        self.waiting.append(sequence)
+        """Puts a sequence at the end of the queue, or behind others that are only read."""
+        place = len(self.waiting)
+        if sequence.is_read_only:
+            place = next((n for n, other in enumerate(self.waiting) if not other.is_read_only), place)
+        self.waiting.insert(place, sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, whatever it is doing, and lets go of its blocks: the one place where that happens."""
@@ -65,7 +69,7 @@ class Scheduler:
         budget = self.max_step_tokens - len(rows)
         if rows and self.prompt_tokens_beside_decode is not None:
             budget = min(budget, self.prompt_tokens_beside_decode)
-        for sequence in self.running:
+        for sequence in sorted(self.running, key=lambda one: not one.is_read_only):
             if sequence.num_pending > 1 and budget > 0:
                 rows.append(ScheduledRow(sequence, min(sequence.num_pending, budget)))
                 budget -= rows[-1].num_tokens
@@ -76,7 +80,7 @@ class Scheduler:
         sequence = row.sequence
         sequence.num_computed += row.num_tokens
         num_full = sequence.num_computed // BLOCK_TOKENS
-        if num_full > sequence.num_named:
+        if num_full > sequence.num_named and not sequence.is_read_only:
             keys = sequence.keys(num_full)
             for number in range(sequence.num_named, num_full):
                 self.kv_cache.name(sequence.table.blocks[number], keys[number])
@@ -109,7 +113,7 @@ class Scheduler:
         self.num_preempted += 1
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_rows:
+        while self.waiting and (self.waiting[0].is_read_only or self._num_generating() < self.max_rows):
             sequence = self.waiting[0]
             known = self._find_known(sequence)
             num_new = num_blocks_for(len(sequence.token_ids)) - len(known)
@@ -120,8 +124,11 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
             sequence.start(BlockTable.of(blocks), len(known) * BLOCK_TOKENS)
 
+    def _num_generating(self) -> int:
+        return sum(not sequence.is_read_only for sequence in self.running)
+
     def _find_known(self, sequence: Sequence) -> list[int]:
         """Blocks that hold the beginning of a sequence. At least one token is left to compute: it is sampled from."""
-        if sequence.wants_prompt_states:
+        if sequence.states_layer is not None:
             return []
         return self.kv_cache.find(sequence.keys((len(sequence.token_ids) - 1) // BLOCK_TOKENS))

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from engine.block_table import BLOCK_TOKENS, BlockTable
 from engine.detokenizer import Detokenizer
 from engine.kv_cache import BlockKey, block_key, root_key
@@ -22,12 +24,14 @@ class Sequence:
     detokenizer: Detokenizer
     token_ids: list[int]  # prompt, then output
     root_key: BlockKey
+    read_layer: int | None = None
     num_computed: int = 0  # tokens whose keys and values are in the cache
     num_reused: int = 0  # of the prompt's, those that were there when the sequence first started
     table: BlockTable = field(default_factory=BlockTable)
     block_keys: list[BlockKey] = field(default_factory=list)  # of the first full blocks, made as they are wanted
     num_named: int = 0  # blocks that can be found by their keys
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    states: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # chunk by chunk, of what is only read
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None
@@ -43,9 +47,18 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_ids)
 
     @property
-    def wants_prompt_states(self) -> bool:
-        """Whether the hidden states of every prompt token are wanted, so that none may be skipped."""
-        return self.request.sampling.prompt_logprobs is not None and self.num_output == 0
+    def is_read_only(self) -> bool:
+        """Whether nothing is generated: hidden states are all that is wanted."""
+        return self.read_layer is not None
+
+    @property
+    def states_layer(self) -> int | None:
+        """Behind which layer, and the norm, the hidden states of its next tokens are wanted; then none may be skipped.
+
+        Prompt logprobs want what is behind the norm only.
+        """
+        wants_prompt_logprobs = self.request.sampling.prompt_logprobs is not None and self.num_output == 0
+        return 0 if wants_prompt_logprobs else self.read_layer
 
     def keys(self, num: int) -> list[BlockKey]:
         """The keys of the first `num` blocks, all of whose tokens are known."""
@@ -64,7 +77,8 @@ class Sequence:
     def start_over(self) -> None:
         """The cache holds nothing of the sequence any more; its tokens stay, and what was told of them."""
         self.table, self.num_computed, self.num_named = BlockTable(), 0, 0
-        if self.wants_prompt_states:
+        self.states.clear()
+        if self.states_layer is not None:
             self.prompt_logprobs.clear()
 
     def finished(self, reason: FinishReason) -> FinishedEvent:
@@ -77,9 +91,14 @@ class Sequence:
 
 
 def new_sequence(
-    request: GenerationRequest, on_event: Callable[[Event], None], *, tokenizer: Any, eos_token_ids: frozenset[int]
+    request: GenerationRequest,
+    on_event: Callable[[Event], None],
+    *,
+    tokenizer: Any,
+    eos_token_ids: frozenset[int],
+    read_layer: int | None = None,
 ) -> Sequence:
-    """A sequence that has computed nothing yet."""
+    """A sequence that has computed nothing yet; with `read_layer`, one that is only read."""
     sampling = request.sampling
     mix = sorted((domain.name, domain.version, weight) for domain, weight in request.mix)
     return Sequence(
@@ -95,4 +114,5 @@ def new_sequence(
         ),
         token_ids=list(request.prompt_ids),
         root_key=root_key(tuple(mix)),
+        read_layer=read_layer,
     )

@@ -1,10 +1,12 @@
-"""The words that the engine and its callers share. Knows no tensors but a resident domain's, no queues, no HTTP."""
+"""The words that the engine and its callers share. Knows no queues, no HTTP."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
+
+from torch import Tensor
 
 from engine.slots import ResidentDomain
 
@@ -114,7 +116,15 @@ class FailedEvent:
     error: Exception
 
 
-Event = PromptEvent | TokensEvent | FinishedEvent | FailedEvent
+@dataclass(frozen=True, slots=True)
+class StatesEvent:
+    """The last event of a text that was only read: hidden states (T, H) behind a layer, and behind the final norm."""
+
+    mid: Tensor
+    last: Tensor
+
+
+Event = PromptEvent | TokensEvent | FinishedEvent | FailedEvent | StatesEvent
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Everything heavy is imported here, so the command line imports this module after
 import copy
 import logging
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +18,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.engine import Engine
 from engine.model.base import Base, load_base
-from engine.model.hidden import hidden_states
 from engine.slots import ResidentDomain
 from router.checkpoint import RouterCheckpoint
 from router.errors import CheckpointIncompatible
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 UPLOADS_FOLDER = "uploads"
 AUTO_BUDGET_SHARE = 4  # a quarter of what is available
+NUM_ROUTER_THREADS = 8  # routes that are made side by side; they mostly wait for the engine
 NUM_WORKERS = 4  # for what the event loop must not wait for: files, long texts
 
 
@@ -182,12 +183,16 @@ def _make_routing(engine: Engine, base: Base, registry: StackRegistry) -> Routin
     def load_router(path: Path) -> LiveRouter:
         checkpoint = RouterCheckpoint.load(path, base_fingerprint=base.fingerprint)
         _require_shape(checkpoint, base, path)
-        features = partial(hidden_states, base, mid_layer=checkpoint.settings.mid_layer)
+
+        def read(token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            return engine.read(token_ids, checkpoint.settings.mid_layer).result()
+
         tokenizer = copy.deepcopy(base.tokenizer)
-        router = Router.from_checkpoint(checkpoint, tokenizer=tokenizer, hidden_states=features)
+        router = Router.from_checkpoint(checkpoint, tokenizer=tokenizer, hidden_states=read)
         return LiveRouter(router, checkpoint.stack_digests)
 
     path = registry.router_path()
     if path is None:
         logger.warning("store has no router path=%s: requests are answered by the base alone", registry.path)
-    return Routing(engine, load_router=load_router, router=None if path is None else load_router(path))
+    threads = _one_threaded("router", NUM_ROUTER_THREADS)
+    return Routing(threads.submit, load_router=load_router, router=None if path is None else load_router(path))

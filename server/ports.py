@@ -24,15 +24,19 @@ class EnginePort(Protocol):
 
     def cancel(self, request_id: str, /) -> None: ...
 
-    def run_on_device(self, work: Callable[[], T], /) -> Future[T]: ...
-
     def heartbeat_age_seconds(self) -> float: ...
 
     def snapshot(self) -> EngineSnapshot: ...
 
 
+class Submit(Protocol):
+    """Runs work in some other thread."""
+
+    def __call__(self, work: Callable[[], T], /) -> Future[T]: ...
+
+
 class RouterPort(Protocol):
-    """Scores one text. Runs where the device may be used."""
+    """Scores one text. Blocks until the base has read it."""
 
     @property
     def max_tokens(self) -> int:

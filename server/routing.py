@@ -1,7 +1,7 @@
 """Routes a text once and remembers the route. Knows the active router, not what the mix is used for.
 
-Lives on the event loop; the router itself runs where the device may be used. Texts are remembered by their digest, so
-no prompt stays in memory.
+Lives on the event loop; the router itself runs in threads of its own and waits there for the base to read the text.
+Texts are remembered by their digest, so no prompt stays in memory.
 """
 
 import asyncio
@@ -15,12 +15,12 @@ from cachetools import LRUCache
 
 from router.router import Route
 from server.errors import RouterNotFound
-from server.ports import EnginePort, RouterPort
+from server.ports import RouterPort, Submit
 
 logger = logging.getLogger(__name__)
 
 CACHED_ROUTES = 4096
-# A router reads only the first tokens of a text, but encoding takes as long as the text is, in the engine's thread.
+# A router reads only the first tokens of a text, but encoding takes as long as the text is.
 # Ordinary text has about 4 characters a token, so that a text cut here still has every token that is read.
 MAX_CHARACTERS_PER_TOKEN = 64
 
@@ -40,8 +40,9 @@ class _Remembered:
 class Routing:
     """The router that is live, and the routes that it made."""
 
-    def __init__(self, engine: EnginePort, *, load_router: LoadRouter, router: RouterPort | None) -> None:
-        self._engine = engine
+    def __init__(self, submit: Submit, *, load_router: LoadRouter, router: RouterPort | None) -> None:
+        """`submit` runs a router."""
+        self._submit = submit
         self._load_router = load_router
         self._router = router
         self._routes: LRUCache[bytes, _Remembered] = LRUCache(CACHED_ROUTES)
@@ -66,7 +67,7 @@ class Routing:
         digest = _digest(text)
         if (known := self._routes.get(digest)) is not None:
             return known.route
-        route = await asyncio.wrap_future(self._engine.run_on_device(lambda: router.route(text)))
+        route = await asyncio.wrap_future(self._submit(lambda: router.route(text)))
         if router is self._router:  # a router that was swapped meanwhile must not be remembered as the new one
             self._routes[digest] = _Remembered(route)
         return route

@@ -310,7 +310,9 @@ def run_live_server(
     catalog = Catalog(registry, cache, versions, dtype=torch.float32)
     routers: dict[str, ScriptedRouter] = {}
     routing = Routing(
-        engine, load_router=lambda path: routers[path.read_bytes()[-8:].hex()], router=router if has_router else None
+        engine.run_on_device,
+        load_router=lambda path: routers[path.read_bytes()[-8:].hex()],
+        router=router if has_router else None,
     )
     service = Service(
         engine=engine,

@@ -9,9 +9,9 @@ only, bit for bit, and a token without stacks costs what the base costs.
 All compiled code is in this one file: numba keeps it on disk and notices a change of the outermost function's file
 only.
 
-Letters: T tokens, Q sequences, W tokens whose logits are wanted, L layers, H hidden size, M MLP size, Hq and Hk query
-and key heads, G query heads of a key head, D head size, N cache positions, V vocabulary, J pairs (a token and one of
-its stacks), E experts, R rank, K active experts.
+Letters: T tokens, Q sequences, W tokens whose logits are wanted, S tokens whose hidden states are wanted, L layers, H
+hidden size, M MLP size, Hq and Hk query and key heads, G query heads of a key head, D head size, N cache positions, V
+vocabulary, J pairs (a token and one of its stacks), E experts, R rank, K active experts.
 """
 
 import ctypes
@@ -707,7 +707,7 @@ def _attend_part(
     attended: Any,
 ) -> None:
     """A thread's share of a layer's attention. queries (Hk, T G, D), keys and values (Hk, N, D), attended (T, Hq D)."""
-    _, _, _, pasts, first_tokens, _, first_pieces, pieces, _ = tokens
+    _, _, _, pasts, first_tokens, _, first_pieces, pieces, _, _, _ = tokens
     num_key_heads, _, size = queries.shape
     group = queries.shape[1] // pasts.size
     # Few sequences: small blocks, so that no thread waits long for another.
@@ -759,6 +759,22 @@ def _pairs_of_expert(chosen: Any, first_place: int, last_place: int, expert: int
 @njit(cache=True)
 def _rows_at(memory: Any, num: int, size: int) -> Any:
     return memory[: num * size].reshape((num, size))
+
+
+@njit(cache=True)
+def _rows_of(rows: Any, places: Any) -> Any:
+    """rows[places]."""
+    picked = np.empty((places.size, rows.shape[1]), rows.dtype)
+    _gather(rows, places, picked)
+    return picked
+
+
+@njit(cache=True)
+def _copy_states(hidden: Any, layer: int, read: Any, read_layers: Any, out: Any) -> None:
+    """out (S, H) = the hidden states of those tokens that are read before this layer."""
+    for s in range(read.size):
+        if read_layers[s] == layer:
+            _copy(hidden[read[s]], out[s])
 
 
 @njit(cache=True)
@@ -964,9 +980,10 @@ def _decode_part(
     stacks: Any,
     shared: Any,
     logits: Any,
+    states: Any,
 ) -> None:
     """What one of the threads does in a step. All of them walk through the same phases and wait for each other."""
-    embedded, cos, sin, pasts, _, places, _, pieces, wanted = tokens
+    embedded, cos, sin, pasts, _, places, _, pieces, wanted, read, read_layers = tokens
     keys, values = cache
     qkv_weight, qkv_bias, o_weight, o_bias, gate_up_weight, gate_up_bias, down_weight, down_bias = decoder[:8]
     norms, head_norms, final_norm, head_weight, windows, rope_kinds, eps, scaling, is_gelu = decoder[8:]
@@ -1006,6 +1023,8 @@ def _decode_part(
     )
     passed = 0
     for layer in range(num_layers):
+        if thread == 0:
+            _copy_states(hidden, layer, read, read_layers, states[0])
         _normed(hidden, norms[layer, 0], eps, normed)
         if has_stacks:
             _choose_experts(thread, threads, layer, 0, normed, stacks, of_experts, shared)
@@ -1048,11 +1067,10 @@ def _decode_part(
         _project(thread, threads, down_weight, down_bias, layer, 3, activated, added, stacks, of_experts, shared)
         passed = _wait_for_all(counter, threads, passed)
         _add_branch(hidden, added, norms[layer], 3, eps, branch)
-    last_hidden = np.empty((wanted.size, size), np.float32)
-    for w in range(wanted.size):
-        last_hidden[w] = hidden[wanted[w]]
-    last_normed = np.empty(last_hidden.shape, head_weight.dtype)
-    _normed(last_hidden, final_norm[0], eps, last_normed)
+    if thread == 0:
+        _normed(_rows_of(hidden, read), final_norm[0], eps, states[1])
+    last_normed = np.empty((wanted.size, size), head_weight.dtype)
+    _normed(_rows_of(hidden, wanted), final_norm[0], eps, last_normed)
     first, last = _share(thread, threads, head_weight.shape[0])
     _product(head_weight, first, last, last_normed, logits)
 
@@ -1074,14 +1092,20 @@ def count_together(threads: int, arrivals: Any, met: Any) -> None:
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def decode(threads: int, arrivals: Any, tokens: Any, cache: Any, decoder: Any, stacks: Any, logits: Any) -> None:
+def decode(
+    threads: int, arrivals: Any, tokens: Any, cache: Any, decoder: Any, stacks: Any, logits: Any, states: Any
+) -> None:
     """Writes the keys and values of T tokens into the cache, and logits that follow some of them into `logits` (W, V).
+
+    Of tokens whose hidden states are wanted, writes those before a layer, and behind the final norm, into `states`
+    (S, H) twice.
 
     arrivals: (1,), 0.
     tokens: embedded (T, H); cosines and sines (rope kinds, T, D); how many tokens of its sequence precede each (T,);
         where each sequence's tokens begin (Q + 1,); each token's position in the cache (T,); where each sequence's
         pieces of the cache begin (Q + 1,); start and length of the pieces (pieces, 2), of each sequence as many as its
-        tokens need; the wanted tokens (W,).
+        tokens need; tokens whose logits are wanted (W,); tokens whose states are wanted, and before which layer (S,)
+        twice, from 0.
     cache: keys and values (L, Hk, N, D).
     decoder: weights and biases of the input groups, (L, O, I) and (L, O or 0) of each; norms (L, 2 or 4, H), of query
         and key heads (L, 2, D or 0), the last (1, H); head (V, H); window and rope kind of each layer (L,), window 0:
@@ -1111,4 +1135,4 @@ def decode(threads: int, arrivals: Any, tokens: Any, cache: Any, decoder: Any, s
         np.empty((num_pairs, 3, max_top_k), np.int64),
     )
     for thread in prange(threads):
-        _decode_part(np.int64(thread), threads, arrivals, tokens, cache, decoder, stacks, shared, logits)
+        _decode_part(np.int64(thread), threads, arrivals, tokens, cache, decoder, stacks, shared, logits, states)

@@ -43,6 +43,15 @@ class FusedRow:
     past: int  # its tokens that are in the cache
     mix: Mapping[ServingStack, float]
     wants_logits: bool  # behind its last token
+    states_layer: int | None = None  # behind which the hidden states of all its tokens are wanted; 0: the embedding
+
+
+@dataclass(frozen=True, slots=True)
+class FusedOutput:
+    """What a step gives back."""
+
+    logits: Tensor  # (W, V) float32, behind the rows that want logits
+    states: list[tuple[Tensor, Tensor]]  # of the rows that want them: (tokens, H) behind the layer, and the final norm
 
 
 class FusedStep:
@@ -71,13 +80,12 @@ class FusedStep:
         self._shapes = _group_shapes(base.geometry)
         self._addresses: WeakKeyDictionary[ServingStack, Array] = WeakKeyDictionary()
         started = time.monotonic()
-        self.logits(
-            [FusedRow([0], BlockTable.of([0]), 0, {}, True)]
-        )  # compiles, or reads what was compiled before; nobody uses the cache yet
+        # Compiles, or reads what was compiled before. Nobody uses the cache yet.
+        self.run([FusedRow([0], BlockTable.of([0]), 0, {}, True)])
         logger.info("fused step ready threads=%d seconds=%.1f", self._threads, time.monotonic() - started)
 
-    def logits(self, rows: Sequence[FusedRow]) -> Tensor:
-        """Writes the rows' keys and values into the cache -> (W, V) float32 behind the rows that want logits."""
+    def run(self, rows: Sequence[FusedRow]) -> FusedOutput:
+        """Passes the rows' tokens through the model and writes their keys and values into the cache."""
         base = self._base
         pasts = [row.past + index for row in rows for index in range(len(row.token_ids))]
         ends = np.cumsum([len(row.token_ids) for row in rows])
@@ -86,13 +94,29 @@ class FusedStep:
             ids = torch.tensor([token for row in rows for token in row.token_ids])
             hidden = base.decoder.embed_tokens(ids).float()  # type: ignore[operator]
             rotations = self._rotations(torch.tensor([pasts]))
-        tokens = (array_of(hidden), *rotations, np.array(pasts), np.concatenate([[0], ends]), *_places(rows), wanted)
+        first_tokens = np.concatenate([[0], ends])
+        tokens = (
+            *(array_of(hidden), *rotations, np.array(pasts), first_tokens, *_places(rows), wanted),
+            *_read_tokens(rows, first_tokens),
+        )
+        read = tokens[-1]
+        states = torch.empty(2, len(read), hidden.shape[1], dtype=base.dtype)
         logits = torch.empty(len(wanted), base.text_config.vocab_size)
         arrivals = np.zeros(1, np.int64)
         with _one_at_a_time:
             numba.set_num_threads(self._threads)
-            decode(self._threads, arrivals, tokens, self._cache, self._decoder, self._stacks(rows), array_of(logits))
-        return logits
+            decode(
+                self._threads, arrivals, tokens, self._cache, self._decoder, self._stacks(rows), array_of(logits),
+                tuple(array_of(states)),
+            )  # fmt: skip
+        counts = [len(row.token_ids) for row in rows if row.states_layer is not None]
+        of_layer, of_norm = (part.split(counts) for part in states)
+        # The last layer's states are those behind the norm, as transformers counts.
+        is_last = [row.states_layer == base.num_layers for row in rows if row.states_layer is not None]
+        return FusedOutput(
+            logits,
+            [(norm if last else mid, norm) for mid, norm, last in zip(of_layer, of_norm, is_last, strict=True)],
+        )
 
     def _stacks(self, rows: Sequence[FusedRow]) -> tuple[Array, ...]:
         """As `fused_kernels.decode` wants them."""
@@ -161,6 +185,18 @@ def _addresses(stack: ServingStack) -> Array:
             addresses[layer, index, 0] = group.a_and_gate.data_ptr()
             addresses[layer, index, 1 : 1 + len(group.b)] = [b.data_ptr() for b in group.b]
     return addresses
+
+
+def _read_tokens(rows: Sequence[FusedRow], first_tokens: Array) -> tuple[Array, Array]:
+    """The tokens whose states are wanted, and behind which layer (S,) twice."""
+    read = [
+        (token, row.states_layer)
+        for row, first in zip(rows, first_tokens, strict=False)
+        if row.states_layer is not None
+        for token in range(first, first + len(row.token_ids))
+    ]
+    tokens, layers = np.array(read, np.int64).reshape(-1, 2).T
+    return np.ascontiguousarray(tokens), np.ascontiguousarray(layers)
 
 
 def _places(rows: Sequence[FusedRow]) -> tuple[Array, Array, Array]:

@@ -9,7 +9,6 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,6 @@ def router_share(engine: Any, registry: Any, rounds: int) -> dict[str, float]:
 
     `network_share` is the router's own part, beyond the base's pass, of the time to the first token.
     """
-    from engine.model.hidden import hidden_states
     from engine.types import SamplingParams
     from router.checkpoint import RouterCheckpoint
     from router.router import Router
@@ -86,7 +84,7 @@ def router_share(engine: Any, registry: Any, rounds: int) -> dict[str, float]:
 
     def timed_pass(ids: Sequence[int]) -> Any:
         started = time.perf_counter()
-        states = hidden_states(base, ids, checkpoint.settings.mid_layer)
+        states = engine.read(ids, checkpoint.settings.mid_layer).result()
         passes.append(time.perf_counter() - started)
         return states
 
@@ -100,7 +98,7 @@ def router_share(engine: Any, registry: Any, rounds: int) -> dict[str, float]:
         messages = [{"role": "system", "content": f"{number}"}, {"role": "user", "content": text}]
         prompt = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         started = time.perf_counter()
-        engine.run_on_device(partial(router.route, text)).result()
+        router.route(text)
         routing.append(time.perf_counter() - started)
         events = Client(engine).submit(prompt, SamplingParams(max_tokens=1, temperature=0.0))[1]
         finished = collect(events).finished

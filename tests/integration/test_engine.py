@@ -14,6 +14,7 @@ from engine.block_table import BLOCK_TOKENS
 from engine.engine import Engine
 from engine.errors import EngineFailed, EngineStopped, PromptTooLong
 from engine.model.base import load_base
+from engine.model.hidden import hidden_states
 from engine.model.inject import inject
 from engine.model.moe_lora import MoeLoraConfig, ServingDeltas, StackPack
 from engine.model.training_form import MoeLoraStack, TrainingDeltas
@@ -213,6 +214,72 @@ def test_prompt_logprobs_are_whole_though_the_sequence_gave_way(
     for position, entry in enumerate(got.prompt_logprobs[1:]):
         assert entry is not None
         assert entry.logprob == pytest.approx(expected[position, entry.token_id].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("fused_step", [True, False], ids=["fused", "modules"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_what_is_only_read_has_the_hidden_states_of_the_base_alone(
+    architecture: str, fused_step: bool, tiny_base_folder: Callable[[str], Path]
+) -> None:
+    """In chunks, beside a stream with stacks, at every layer; two of them at once."""
+    text, other = list(range(5, 45)), [7, 9, 11]
+    folder = tiny_base_folder(architecture)
+    with running_engine(folder, fused_step=fused_step, prompt_tokens_beside_decode=6) as client:
+        base, (domains, _) = load_base(str(folder), base_format="dense", dtype="float32"), domains_of(client)
+        for layer in range(base.num_layers + 1):
+            with held(client.engine):
+                stream = client.submit(PROMPTS[1], greedy(20), [(domains[0], 1.0)])[1]
+                reads = [client.engine.read(ids, layer) for ids in (text, other)]
+            for ids, read in zip((text, other), reads, strict=True):
+                got, expected = read.result(timeout=60), hidden_states(base, ids, layer)
+                for mine, theirs in zip(got, expected, strict=True):
+                    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+            assert len(collect(stream).token_ids) == 20
+        assert settled(client.engine).kv_used_ratio == 0.0
+
+
+def test_a_read_waits_neither_for_a_full_batch_nor_for_prompts(tiny_base_folder: Callable[[str], Path]) -> None:
+    with running_engine(tiny_base_folder("llama"), prompt_tokens_beside_decode=4, kv_cache_tokens=2048) as client:
+        with held(client.engine):
+            streams = [client.submit(PROMPTS[3], greedy(100))[1]]
+            streams += [client.submit([n, *range(90)], greedy(30))[1] for n in range(7)]
+            read = client.engine.read(list(range(8)), 1)
+            first_steps = client.engine.snapshot().steps
+        read.result(timeout=60)
+        assert client.engine.snapshot().steps - first_steps <= 3
+        assert all(collect(stream).error is None for stream in streams)
+
+
+def test_a_read_that_gave_way_is_whole(tiny_base_folder: Callable[[str], Path]) -> None:
+    folder = tiny_base_folder("llama")
+    text = list(range(5, 100))
+    with running_engine(folder, kv_cache_tokens=128, max_step_tokens=8, prompt_tokens_beside_decode=2) as client:
+        with held(client.engine):
+            client.submit(PROMPTS[0], greedy(60))
+            read = client.engine.read(text, 1)
+            stream = client.submit(PROMPTS[0], greedy(60))[1]
+        mid, last = read.result(timeout=60)
+        assert collect(stream).error is None
+    expected = hidden_states(load_base(str(folder), base_format="dense", dtype="float32"), text, 1)
+    torch.testing.assert_close(mid, expected[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(last, expected[1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_read_longer_than_the_context_is_computed_apart(tiny_base_folder: Callable[[str], Path]) -> None:
+    with running_engine(tiny_base_folder("llama"), max_model_len=32, kv_cache_tokens=32) as client:
+        mid, last = client.engine.read(list(range(60)), 1).result(timeout=60)
+        assert mid.shape == last.shape == (60, client.engine.base.text_config.hidden_size)
+
+
+def test_a_read_of_nothing_or_of_foreign_tokens_is_refused_and_a_stopped_engine_says_so(llama: Client) -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        llama.engine.read([], 1)
+    with pytest.raises(ValueError, match="99999"):
+        llama.engine.read([99999], 1)
+    engine = Engine(llama.engine.base, max_batch_rows=2, max_model_len=64, kv_cache_tokens=64)
+    read = engine.read([5, 6], 1)
+    engine.stop()
+    assert isinstance(read.exception(timeout=60), EngineStopped)
 
 
 def test_prompt_logprobs_are_whole_though_the_prompt_is_known(llama: Client) -> None:

@@ -445,8 +445,8 @@ def test_live_router_is_the_one_that_was_written_last(tmp_path: Path) -> None:
 
     async def set_two_routers() -> None:
         registry = make_store(tmp_path / "store", tmp_path / "import")
-        device: Any = None
-        routing = WatchedRouting(device, load_router=load, router=None)
+        submit: Any = None
+        routing = WatchedRouting(submit, load_router=load, router=None)
         cache = ResidentCache[ResidentDomain](budget_bytes=1, load=load_nothing)
         catalog = Catalog(registry, cache, Versions(), dtype=torch.float32)
         blobs = BlobStore(tmp_path / "store" / "uploads", max_bytes=10**6)

@@ -60,7 +60,7 @@ def decoded(
     for past in range(0, max(map(len, texts)), chunk):
         numbers = [number for number, text in enumerate(texts) if past < len(text)]
         rows = [FusedRow(texts[n][past : past + chunk], tables[n], past, mixes[n], True) for n in numbers]
-        for number, values in zip(numbers, step.logits(rows), strict=True):
+        for number, values in zip(numbers, step.run(rows).logits, strict=True):
             logits[number].append(values)
     return [torch.stack(values) for values in logits]
 
@@ -134,10 +134,10 @@ def test_only_wanted_logits_are_computed(tiny_base_folder: Folder) -> None:
     step = step_of(base, 2)
     first, second = tables_of(2)
     unwanted = FusedRow(TEXTS[0][:4], first, 0, {}, False)
-    [logits] = step.logits([unwanted, FusedRow(TEXTS[1], second, 0, {}, True)])
-    [alone] = step_of(base, 1).logits([FusedRow(TEXTS[1], first, 0, {}, True)])
+    [logits] = step.run([unwanted, FusedRow(TEXTS[1], second, 0, {}, True)]).logits
+    [alone] = step_of(base, 1).run([FusedRow(TEXTS[1], first, 0, {}, True)]).logits
     torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0.0)
-    assert step.logits([replace(unwanted, past=4)]).shape == (0, base.text_config.vocab_size)
+    assert step.run([replace(unwanted, past=4)]).logits.shape == (0, base.text_config.vocab_size)
 
 
 def test_a_large_score_and_a_small_one_share_a_softmax(tiny_base_folder: Folder) -> None:

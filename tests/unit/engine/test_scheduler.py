@@ -13,10 +13,20 @@ from engine.types import GenerationRequest, SamplingParams
 from tests.tiny_bases import tiny_tokenizer
 
 
-def sequence(name: str, *, prompt: int, max_tokens: int = 4, first_token: int = 0, logprobs: bool = False) -> Sequence:
+def sequence(
+    name: str,
+    *,
+    prompt: int,
+    max_tokens: int = 4,
+    first_token: int = 0,
+    logprobs: bool = False,
+    read_layer: int | None = None,
+) -> Sequence:
     sampling = SamplingParams(max_tokens=max_tokens, prompt_logprobs=0 if logprobs else None)
     request = GenerationRequest(name, (first_token, *range(1, prompt)), sampling)
-    return new_sequence(request, lambda _: None, tokenizer=tiny_tokenizer(), eos_token_ids=frozenset())
+    return new_sequence(
+        request, lambda _: None, tokenizer=tiny_tokenizer(), eos_token_ids=frozenset(), read_layer=read_layer
+    )
 
 
 def scheduler(*sequences: Sequence, positions: int = 1000, max_rows: int = 4, max_step_tokens: int = 16) -> Scheduler:
@@ -178,6 +188,26 @@ def test_where_every_prompt_token_is_wanted_nothing_is_reused() -> None:
     step(plan)
     plan.add(second)
     assert [row.num_tokens for row in plan.schedule()] == [1, 50]
+
+
+def test_what_is_only_read_goes_first_and_leaves_nothing() -> None:
+    stream, prompt = sequence("stream", prompt=3, max_tokens=99), sequence("prompt", prompt=60, first_token=9)
+    plan = Scheduler(KvCache(60), max_rows=1, max_step_tokens=16, prompt_tokens_beside_decode=8)
+    plan.add(stream)
+    step(plan)
+    plan.add(prompt)
+    for name in ("first", "second"):
+        plan.add(sequence(name, prompt=20, read_layer=1))
+    assert [one.request.request_id for one in plan.waiting] == ["first", "second", "prompt"]
+    for computed in ([8], [8], [4, 4]):  # of the first text, and then of the second
+        rows = step(plan)
+        assert rows[0].sequence is stream
+        assert [row.num_tokens for row in rows[1:]] == computed
+        assert [row.is_sampled for row in rows] == [True] + [False] * len(computed)
+    first = next(one for one in plan.running if one.request.request_id == "first")
+    plan.remove(first)
+    again = sequence("again", prompt=20)
+    assert plan.kv_cache.find(again.keys(1)) == []
 
 
 Arrivals = st.lists(

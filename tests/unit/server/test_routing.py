@@ -35,7 +35,7 @@ def test_route_made_by_a_router_that_was_swapped_meanwhile_is_not_remembered() -
     async def swap_during_a_route() -> None:
         device: Any = HeldDevice()
         old, new = ScriptedRouter(("math",)), ScriptedRouter(("law",))
-        routing = Routing(device, load_router=load_nothing, router=old)
+        routing = Routing(device.run_on_device, load_router=load_nothing, router=old)
         first = asyncio.create_task(routing.route("law=0.9"))
         await asyncio.sleep(0)
         routing.swap(new)
@@ -53,7 +53,7 @@ def test_router_is_given_no_more_of_a_long_text_than_it_could_read() -> None:
     async def route_long_text() -> None:
         device: Any = HeldDevice()
         router = ScriptedRouter(("math",))
-        routing = Routing(device, load_router=load_nothing, router=router)
+        routing = Routing(device.run_on_device, load_router=load_nothing, router=router)
         route = asyncio.create_task(routing.route("math=0.9 " + "word " * 100_000))
         await asyncio.sleep(0)
         device.run_held()
@@ -66,7 +66,7 @@ def test_router_is_given_no_more_of_a_long_text_than_it_could_read() -> None:
 def test_a_gap_is_told_once_while_its_route_is_remembered() -> None:
     async def ask() -> None:
         device: Any = HeldDevice()
-        routing = Routing(device, load_router=load_nothing, router=ScriptedRouter(("math",)))
+        routing = Routing(device.run_on_device, load_router=load_nothing, router=ScriptedRouter(("math",)))
         assert routing.first_gap("unheard of") == "unheard of"  # never routed, so nothing is remembered
         task = asyncio.create_task(routing.route("unheard of"))
         await asyncio.sleep(0)
