@@ -142,6 +142,11 @@ class Engine:
         self._steps = 0
         self._snapshot = EngineSnapshot(0, 0, 0.0, 0, 0)
 
+    @property
+    def wants_panels(self) -> bool:
+        """Whether the stacks of a request's mix must be panelled, which the fused step reads, or must not."""
+        return self._runner.is_fused
+
     def start(self) -> None:
         """Starts the engine's thread."""
         self._alive_at = time.monotonic()

@@ -28,23 +28,24 @@ class ResidentDomain:
 
 
 def load_domain(
-    registry: StackRegistry, entry: DomainEntry, *, dtype: torch.dtype, device: torch.device
+    registry: StackRegistry, entry: DomainEntry, *, dtype: torch.dtype, device: torch.device, panelled: bool = False
 ) -> ResidentDomain:
     """Reads and checks every round of a domain and puts it on the device, in the dtype in which it is computed.
 
+    `panelled` as the engine's `wants_panels` says.
     On CUDA the copies run in a stream of their own, beside the steps, and are complete when this returns.
     """
     with _copy_stream(device):
         stacks = tuple(
-            _load_stack(registry.stack_path(stack), digest=stack.digest, dtype=dtype, device=device)
+            _load_stack(registry.stack_path(stack), digest=stack.digest, dtype=dtype, device=device, panelled=panelled)
             for stack in entry.stacks
         )
     return ResidentDomain(name=entry.name, version=entry.version, stacks=stacks)
 
 
-def _load_stack(path: Path, *, digest: str, dtype: torch.dtype, device: torch.device) -> ServingStack:
+def _load_stack(path: Path, *, digest: str, dtype: torch.dtype, device: torch.device, panelled: bool) -> ServingStack:
     stack = read_stack(path, expected_digest=digest, dtype=dtype)
-    return serving_stack(stack.header, stack.groups, dtype=dtype, device=device)
+    return serving_stack(stack.header, stack.groups, dtype=dtype, device=device, panelled=panelled)
 
 
 @contextmanager

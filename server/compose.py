@@ -77,7 +77,9 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
     budget_bytes = settings.store.device_budget_bytes or available_memory_bytes(base.device) // AUTO_BUDGET_SHARE
     cache = ResidentCache[ResidentDomain](
         budget_bytes=budget_bytes,
-        load=DomainLoader(registry, versions, metrics, dtype=base.dtype, device=base.device),
+        load=DomainLoader(
+            registry, versions, metrics, dtype=base.dtype, device=base.device, panelled=engine.wants_panels
+        ),
         observer=metrics,
         executor=_one_threaded("stack-loader", settings.store.loader_threads),
     )

@@ -19,10 +19,11 @@ class DomainLoader:
     metrics: ServerMetrics
     dtype: torch.dtype
     device: torch.device
+    panelled: bool
 
     def __call__(self, key: str) -> ResidentDomain:
         """Raises what is wrong with the files."""
         entry = self.versions.entry(key)
-        domain = load_domain(self.registry, entry, dtype=self.dtype, device=self.device)
+        domain = load_domain(self.registry, entry, dtype=self.dtype, device=self.device, panelled=self.panelled)
         self.metrics.files_read(sum(stack.bytes for stack in entry.stacks))
         return domain

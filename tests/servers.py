@@ -298,7 +298,7 @@ def run_live_server(
     metrics, versions, may_load = ServerMetrics(version="0", base=BASE), Versions(), threading.Event()
     may_load.set()
 
-    loader = DomainLoader(registry, versions, metrics, dtype=torch.float32, device=torch.device("cpu"))
+    loader = DomainLoader(registry, versions, metrics, dtype=torch.float32, device=torch.device("cpu"), panelled=False)
 
     def load(key: str) -> ResidentDomain:
         may_load.wait(WAIT_SECONDS)

@@ -54,11 +54,12 @@ def to_serving(
     dtype: torch.dtype = torch.float32,
     domain: str = "math",
     round: int = 1,
+    panelled: bool = False,
 ) -> ServingStack:
     """The serving form of those weights on the CPU."""
     header = header_for(geometry, config, domain=domain, round=round)
     groups = pack_groups(header, projections)
-    return serving_stack(header, groups, dtype=dtype, device=torch.device("cpu"))
+    return serving_stack(header, groups, dtype=dtype, device=torch.device("cpu"), panelled=panelled)
 
 
 def random_serving_stack(geometry: Geometry, *, seed: int = 0, top_k: int = 2, zero: bool = False) -> ServingStack:

@@ -25,11 +25,13 @@ from numba import carray, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from engine.model.moe_lora import PANEL
+
 # Sums may be reordered, which is what vectorising them takes. NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 VECTOR_BYTES = 64
-LANES = 16  # float32 numbers of a vector; columns are handed out to threads in multiples of it
+LANES = 16  # float32 numbers of a vector
 BLOCKED_TOKENS = 4  # from here on, two rows of weights at a time are faster than one
 CACHED_TOKENS = 32  # whose activations stay in the nearest cache while a thread's weights pass by
 BLOCKED_PAIRS = 32  # of one stack, that share the reading of its experts
@@ -115,6 +117,12 @@ def _matrix_at(address: int, num_rows: int, num_columns: int, like: Any) -> Any:
     return memory_at(address, num_rows * num_columns, like).reshape((num_rows, num_columns))
 
 
+@njit(cache=True)
+def _panels_at(address: int, num: int, rank: int, like: Any) -> Any:
+    """The panels (num, R, PANEL) of an expert's B that begin at an address; see `moe_lora.panels_of`."""
+    return memory_at(address, num * rank * PANEL, like).reshape((num, rank, PANEL))
+
+
 @intrinsic
 def _add_atomically(typing_context: Any, address: Any, value: Any) -> Any:
     """The number at an address before `value` was added to it."""
@@ -175,14 +183,16 @@ llvm.initialize_native_asmparser()
 
 
 class _Rows:
-    """The rows of a two-dimensional array from the `first`-th on, in generated code; each lies in one piece."""
+    """The rows of an array from the `first`-th on, in generated code; each lies in one piece. `size` is the second
+    axis's.
+    """
 
     def __init__(self, context: Any, builder: Any, array_type: Any, array: Any, first: Any = _FIRST) -> None:
         view = context.make_array(array_type)(context, builder, array)
         self._builder = builder
         self._stride = cgutils.unpack_tuple(builder, view.strides)[0]
         self._start = builder.add(builder.ptrtoint(view.data, _INT64), builder.mul(first, self._stride))
-        self.num_rows, self.size = cgutils.unpack_tuple(builder, view.shape)
+        self.num_rows, self.size = cgutils.unpack_tuple(builder, view.shape)[:2]
         self.is_float = isinstance(array_type.dtype, types.Float)
         self.element_bytes = 4 if self.is_float else 2
 
@@ -320,6 +330,72 @@ _tile_2x1, _tile_2x2, _tile_2x3, _tile_2x4, _tile_2x8 = (make_tile(2, tokens) fo
 _tile_2x4_ahead, _tile_2x8_ahead = make_tile(2, 4, ahead=True), make_tile(2, 8, ahead=True)
 
 
+def _add_rows(builder: Any, factors: Any, out: Any, totals: Any, columns: Any, num_rows: Any, load: Any) -> None:
+    """Generates: out += factors times some rows, in the order of the rows; sums stay in registers.
+
+    totals: of each output its row in `out`, and memory for a sum of each vector. columns: where each vector of the
+    outputs begins. load(row, vector): 16 numbers of a row.
+    """
+    for output, sums in totals:
+        for at, total in zip(columns, sums, strict=True):
+            builder.store(out.load_floats(output, at), total)
+    with cgutils.for_range(builder, num_rows) as loop:
+        loaded = [load(loop.index, vector) for vector in range(len(columns))]
+        for number, (_, sums) in enumerate(totals):
+            at = builder.mul(loop.index, _INT64(factors.element_bytes))
+            first_lane = builder.insert_element(_ZEROS, factors.load(number, at, _FLOAT), _INT32(0))
+            factor = builder.shuffle_vector(first_lane, first_lane, ir.Constant(_INTS, [0] * LANES))
+            for vector, total in zip(loaded, sums, strict=True):
+                builder.store(_fma(builder, factor, vector, builder.load(total)), total)
+    for output, sums in totals:
+        for at, total in zip(columns, sums, strict=True):
+            out.store(output, builder.mul(at, _INT64(out.element_bytes)), builder.load(total))
+
+
+def _outputs(context: Any, builder: Any, places_type: Any, places: Any, first: Any, num: int, num_vectors: int) -> Any:
+    """Of `num` outputs from the `first`-th place on: the place, and memory for a sum of each vector."""
+    numbers = builder.gep(context.make_array(places_type)(context, builder, places).data, [first])
+    return [
+        (
+            builder.load(builder.gep(numbers, [_INT64(number)])),
+            [cgutils.alloca_once(builder, _FLOATS) for _ in range(num_vectors)],
+        )
+        for number in range(num)
+    ]
+
+
+def _make_panel_sum(num_outputs: int) -> Any:
+    """A compiled function of (factors (N, P or more), panels (panels, P, PANEL), out, places (N,), n).
+
+    out[places[i]] += the sum over p of factors[i, p] times the p-th row of every panel, in the order of p: for
+    num_outputs of N from `n` on. The panels' columns lie side by side.
+    """
+
+    @intrinsic
+    def panel_sum(typing_context: Any, factors: Any, panels: Any, out: Any, places: Any, n: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            first = arguments[4]
+            f = _Rows(context, builder, factors, arguments[0], first)
+            p = _Rows(context, builder, panels, arguments[1])
+            o = _Rows(context, builder, out, arguments[2])
+            num_vectors = PANEL // LANES
+            totals = _outputs(context, builder, places, arguments[3], first, num_outputs, num_vectors)
+            with cgutils.for_range(builder, p.num_rows) as panel:
+                begin = builder.mul(panel.index, _INT64(PANEL))
+                columns = [builder.add(begin, _INT64(LANES * vector)) for vector in range(num_vectors)]
+
+                def load(row: Any, vector: int) -> Any:
+                    column = builder.add(builder.mul(row, _INT64(PANEL)), _INT64(LANES * vector))
+                    return p.load_floats(panel.index, column)
+
+                _add_rows(builder, f, o, totals, columns, p.size, load)
+            return context.get_dummy_value()
+
+        return types.none(factors, panels, out, places, types.int64), codegen
+
+    return panel_sum
+
+
 def _make_weighted_sum(num_outputs: int, num_vectors: int) -> Any:
     """A compiled function of (factors (N, P or more), rows (P, S), out, places (N,), n, column).
 
@@ -335,28 +411,15 @@ def _make_weighted_sum(num_outputs: int, num_vectors: int) -> Any:
             f, r, o = (
                 _Rows(context, builder, *of) for of in zip(signature.args[:3], arguments[:3], starts, strict=True)
             )
-            numbers = builder.gep(context.make_array(places)(context, builder, arguments[3]).data, [first])
-            outputs = [builder.load(builder.gep(numbers, [_INT64(number)])) for number in range(num_outputs)]
-            totals = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(num_vectors)] for _ in outputs]
+            totals = _outputs(context, builder, places, arguments[3], first, num_outputs, num_vectors)
             width = _INT64(LANES * num_vectors)
             left = builder.srem(builder.sub(r.size, first_column), width)
             end = builder.sub(r.size, left)
             with cgutils.for_range_slice(builder, first_column, end, width, _INT64) as (begin, _):
                 columns = [builder.add(begin, _INT64(LANES * vector)) for vector in range(num_vectors)]
-                for output, row in zip(outputs, totals, strict=True):
-                    for at, total in zip(columns, row, strict=True):
-                        builder.store(o.load_floats(output, at), total)
-                with cgutils.for_range(builder, r.num_rows) as loop:
-                    loaded = [r.load_floats(loop.index, at) for at in columns]
-                    for output, row in enumerate(totals):
-                        at = builder.mul(loop.index, _INT64(f.element_bytes))
-                        first_lane = builder.insert_element(_ZEROS, f.load(output, at, _FLOAT), _INT32(0))
-                        factor = builder.shuffle_vector(first_lane, first_lane, ir.Constant(_INTS, [0] * LANES))
-                        for vector, total in zip(loaded, row, strict=True):
-                            builder.store(_fma(builder, factor, vector, builder.load(total)), total)
-                for output, row in zip(outputs, totals, strict=True):
-                    for at, total in zip(columns, row, strict=True):
-                        o.store(output, builder.mul(at, _INT64(o.element_bytes)), builder.load(total))
+                _add_rows(
+                    builder, f, o, totals, columns, r.num_rows, lambda row, vector: r.load_floats(row, columns[vector])
+                )
             return end
 
         return types.int64(factors, rows, out, places, types.int64, types.int64), codegen
@@ -394,6 +457,23 @@ def _add_weighted(factors: Any, rows: Any, out: Any, places: Any) -> None:
                     for at in range(column, size):
                         out[places[number], at] += factors[number, row] * widened(rows[row, at])
         n += together
+
+
+_panels_4, _panels_2, _panels_1 = (_make_panel_sum(outputs) for outputs in (4, 2, 1))
+
+
+@njit(cache=True)
+def _add_panels(factors: Any, panels: Any, out: Any, places: Any) -> None:
+    """out[places] += factors (N, P or more) times panels (panels, P, PANEL), which lie side by side."""
+    num, n = places.size, 0
+    while n + 4 <= num:
+        _panels_4(factors, panels, out, places, n)
+        n += 4
+    if n + 2 <= num:
+        _panels_2(factors, panels, out, places, n)
+        n += 2
+    if n < num:
+        _panels_1(factors, panels, out, places, n)
 
 
 @njit(cache=True)
@@ -869,14 +949,13 @@ def _fetch_deltas(
         begin, end = block_start[block], block_start[block + 1]
         stack, chosen = pair_stack[begin], shared[CHOSEN][begin:end, member]
         experts, rank, top_k = shapes[stack, EXPERTS], shapes[stack, RANK], shapes[stack, TOP_K]
-        address = addresses[stack, layer, group, 1 + member]
-        weights = _matrix_at(address, experts * rank, width, like)
         if stack == fetched:  # by the block before, which needs the same experts as likely as not
             continue
         fetched = stack
         for expert in range(experts):
             if _pairs_of_expert(chosen, 0, top_k, expert, pairs, places):
-                _fetch(weights[expert * rank : (expert + 1) * rank, first:last])
+                address = addresses[stack, layer, group, 1 + member] + rank * (expert * width + first) * like.itemsize
+                _fetch(_matrix_at(address, rank, last - first, like))
 
 
 @njit(cache=True)
@@ -906,24 +985,27 @@ def _add_deltas(
         mid, chosen = shared[MID][begin:end, member], shared[CHOSEN][begin:end, member]
         stack = pair_stack[begin]
         experts, rank, top_k = shapes[stack, EXPERTS], shapes[stack, RANK], shapes[stack, TOP_K]
-        address = addresses[stack, layer, group, 1 + member]
-        weights = _matrix_at(address, experts * rank, width, like)
         for expert in range(experts):
+            address = addresses[stack, layer, group, 1 + member] + rank * (expert * width + first) * like.itemsize
             count = _pairs_of_expert(chosen, 0, top_k, expert, pairs, places)
             for n in range(count):
                 for r in range(rank):
                     dots[n, r] = mid[pairs[n], places[n], r]
                 pairs[n] = pair_token[begin + pairs[n]]
             if count:
-                rows = weights[expert * rank : (expert + 1) * rank, first:last]
-                _add_weighted(dots, rows, columns, pairs[:count])
+                panels = (last - first) // PANEL
+                _add_panels(dots, _panels_at(address, panels, rank, like), columns, pairs[:count])
+                rest = columns[:, panels * PANEL :]
+                if rest.shape[1]:
+                    address += panels * PANEL * rank * like.itemsize
+                    _add_weighted(dots, _matrix_at(address, rank, rest.shape[1], like), rest, pairs[:count])
 
 
 @njit(cache=True)
 def _share(part: int, parts: int, size: int) -> tuple[int, int]:
-    """The part-th of `parts` ranges that cover `size` columns, each a multiple of LANES long but for the last."""
-    blocks = (size + LANES - 1) // LANES
-    return min(blocks * part // parts * LANES, size), min(blocks * (part + 1) // parts * LANES, size)
+    """The part-th of `parts` ranges that cover `size` columns, each a multiple of PANEL long but for the last."""
+    blocks = (size + PANEL - 1) // PANEL
+    return min(blocks * part // parts * PANEL, size), min(blocks * (part + 1) // parts * PANEL, size)
 
 
 @njit(fastmath=FAST, cache=True)

@@ -123,6 +123,8 @@ class FusedStep:
         in_use, pairs = _pairs(rows)
         for stack in in_use:
             if stack not in self._addresses:
+                if not stack.is_panelled:
+                    raise ValueError(f"the stack of {stack.domain!r}, round {stack.round}, is not panelled")
                 self._addresses[stack] = _addresses(stack)
         shapes = [(stack.num_experts, stack.rank, stack.top_k) for stack in in_use]
         addresses = [self._addresses[stack] for stack in in_use] or [np.zeros((0, 0, 0), np.int64)]

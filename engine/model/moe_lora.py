@@ -23,6 +23,8 @@ from torch import Tensor
 
 from stack_store.format import INPUT_GROUPS, GroupTensors, StackHeader
 
+PANEL = 32  # columns of B that lie together in panelled stacks
+
 GroupKey = tuple[int, str]  # layer, input group
 
 
@@ -60,12 +62,12 @@ class ServingGroup:
     """The serving weights of one input group of one stack, or of several packed side by side."""
 
     a_and_gate: Tensor  # (P, C + X, I): a projection's rank rows, then its gates
-    b: tuple[Tensor, ...]  # P tensors (C, O)
+    b: tuple[Tensor, ...]  # P tensors (C, O); of a panelled stack (C * O,), as `panels_of` orders them
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ServingStack:
-    """One frozen stack on the device, ready to be computed or packed."""
+    """One frozen stack on the device, ready to be packed or, panelled, to be computed by the fused step."""
 
     domain: str
     round: int
@@ -73,6 +75,7 @@ class ServingStack:
     rank: int
     top_k: int
     scale: float
+    is_panelled: bool
     memory: Tensor  # one flat tensor: by layer and input group a_and_gate, then b
     groups: Mapping[GroupKey, ServingGroup]  # views of it
 
@@ -82,8 +85,22 @@ class ServingStack:
         return self.memory.numel() * self.memory.element_size()
 
 
+def panels_of(b: Tensor, num_experts: int) -> Tensor:
+    """(E * R, O) -> (E * R * O,): expert by expert, PANEL columns of all its rows after the other.
+
+    A thread that computes some of the columns reads them in one piece then. The last panel may have fewer columns.
+    """
+    experts = b.view(num_experts, -1, b.shape[1])
+    return torch.cat([panel.flatten(1) for panel in torch.split(experts, PANEL, dim=2)], dim=1).flatten()
+
+
 def serving_stack(
-    header: StackHeader, groups: Mapping[GroupKey, GroupTensors], *, dtype: torch.dtype, device: torch.device
+    header: StackHeader,
+    groups: Mapping[GroupKey, GroupTensors],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    panelled: bool = False,
 ) -> ServingStack:
     """A stack file's tensors in the layout and dtype in which they are computed, in one allocation.
 
@@ -91,8 +108,8 @@ def serving_stack(
     """
     numel = sum(tensor.numel() for group in groups.values() for tensor in (group.a, group.gate, group.b))
     host = torch.empty(numel, dtype=dtype, pin_memory=device.type == "cuda")
-    for key, group in _carve(host, header).items():
-        _fill(group, groups[key])
+    for key, group in _carve(host, header, panelled=panelled).items():
+        _fill(group, groups[key], header, panelled=panelled)
     memory = _to_device(host, device)
     return ServingStack(
         domain=header.domain,
@@ -101,8 +118,9 @@ def serving_stack(
         rank=header.rank,
         top_k=header.top_k,
         scale=header.scale,
+        is_panelled=panelled,
         memory=memory,
-        groups=_carve(memory, header),
+        groups=_carve(memory, header, panelled=panelled),
     )
 
 
@@ -120,7 +138,7 @@ def _to_device(host: Tensor, device: torch.device) -> Tensor:
     return target.copy_(host, non_blocking=True)
 
 
-def _carve(memory: Tensor, header: StackHeader) -> dict[GroupKey, ServingGroup]:
+def _carve(memory: Tensor, header: StackHeader, *, panelled: bool) -> dict[GroupKey, ServingGroup]:
     """Views of one flat tensor that hold every group of a stack, in paging order."""
     rank_rows, experts, shapes = header.num_experts * header.rank, header.num_experts, header.geometry.shapes
     used = 0
@@ -134,17 +152,19 @@ def _carve(memory: Tensor, header: StackHeader) -> dict[GroupKey, ServingGroup]:
     for layer in range(header.geometry.num_layers):
         for name, members in INPUT_GROUPS.items():
             a_and_gate = take(len(members), rank_rows + experts, shapes[members[0]][0])
-            groups[layer, name] = ServingGroup(a_and_gate, tuple(take(rank_rows, shapes[p][1]) for p in members))
+            b = tuple(take(rank_rows, shapes[p][1]) for p in members)
+            groups[layer, name] = ServingGroup(a_and_gate, tuple(map(torch.flatten, b)) if panelled else b)
     return groups
 
 
-def _fill(group: ServingGroup, stored: GroupTensors) -> None:
+def _fill(group: ServingGroup, stored: GroupTensors, header: StackHeader, *, panelled: bool) -> None:
     p, rows, _ = group.a_and_gate.shape
-    rank_rows = group.b[0].shape[0]
+    rank_rows = header.num_experts * header.rank
     group.a_and_gate[:, :rank_rows] = stored.a.view(p, rank_rows, -1)
     group.a_and_gate[:, rank_rows:] = stored.gate.view(p, rows - rank_rows, -1)
-    for target, source in zip(group.b, torch.split(stored.b, [b.shape[1] for b in group.b], dim=1), strict=True):
-        target.copy_(source)
+    widths = [b.numel() // rank_rows for b in group.b]
+    for target, source in zip(group.b, torch.split(stored.b, widths, dim=1), strict=True):
+        target.copy_(panels_of(source.contiguous(), header.num_experts) if panelled else source)
 
 
 class StackPack:
@@ -157,6 +177,8 @@ class StackPack:
     def __init__(self, stacks: Sequence[ServingStack]) -> None:
         if not stacks:
             raise ValueError("a pack needs at least one stack")
+        if any(stack.is_panelled for stack in stacks):
+            raise ValueError("a panelled stack cannot be packed")
         device = next(iter(stacks[0].groups.values())).a_and_gate.device
         self.num_stacks = len(stacks)
         self.max_experts = max(stack.num_experts for stack in stacks)

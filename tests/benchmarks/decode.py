@@ -124,7 +124,7 @@ def random_domain(base: Any, config: Any, seed: int) -> Any:
     from tests.stacks import random_projections, to_serving
 
     projections = random_projections(base.geometry, config, seed=seed, size=0.01)
-    stack = to_serving(base.geometry, config, projections, dtype=base.dtype)
+    stack = to_serving(base.geometry, config, projections, dtype=base.dtype, panelled=True)
     return ResidentDomain(f"domain-{seed}", str(seed), (stack,))
 
 

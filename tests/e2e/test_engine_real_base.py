@@ -9,7 +9,7 @@ import torch
 from engine.engine import Engine
 from engine.model.base import find_base, load_base
 from engine.model.moe_lora import MoeLoraConfig
-from engine.slots import load_domain
+from engine.slots import ResidentDomain, load_domain
 from engine.types import SamplingParams
 from stack_store.format import read_stack, unpack_projections
 from stack_store.registry import StackRegistry
@@ -58,12 +58,13 @@ def prompt_ids(client: Client, question: str) -> list[int]:
     return ids
 
 
+def resident(client: Client, registry: StackRegistry, name: str) -> ResidentDomain:
+    base, panelled = client.engine.base, client.engine.wants_panels
+    return load_domain(registry, registry.domain(name), dtype=base.dtype, device=base.device, panelled=panelled)
+
+
 def test_greedy_text_alone_equals_its_text_in_a_mixed_batch(client: Client, registry: StackRegistry) -> None:
-    base = client.engine.base
-    domains = {
-        entry.name: load_domain(registry, entry, dtype=base.dtype, device=base.device)
-        for entry in registry.manifest.domains
-    }
+    domains = {entry.name: resident(client, registry, entry.name) for entry in registry.manifest.domains}
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
 
     def submit_all() -> list[str]:
@@ -84,14 +85,10 @@ def test_greedy_text_alone_equals_its_text_in_a_mixed_batch(client: Client, regi
 
 
 def test_served_logprobs_equal_a_slow_forward_of_the_real_base(client: Client, registry: StackRegistry) -> None:
-    base = client.engine.base
     mix = {"math": 1.0, "chat": 0.2}
-    resident = [
-        (load_domain(registry, registry.domain(name), dtype=base.dtype, device=base.device), weight)
-        for name, weight in mix.items()
-    ]
+    served = [(resident(client, registry, name), weight) for name, weight in mix.items()]
     ids = prompt_ids(client, QUESTIONS[0])
-    got = client.run(ids, SamplingParams(max_tokens=4, temperature=0.0, logprobs=5, ignore_eos=True), resident)
+    got = client.run(ids, SamplingParams(max_tokens=4, temperature=0.0, logprobs=5, ignore_eos=True), served)
     slow: list[WeightedStack] = []
     for name, weight in mix.items():
         for entry in registry.domain(name).stacks:

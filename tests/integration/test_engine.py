@@ -75,8 +75,9 @@ def domains_of(client: Client) -> tuple[list[ResidentDomain], list[list[Weighted
     drawn = [(c, random_projections(geometry, c, seed=i)) for i, c in enumerate([*CONFIGS, CONFIGS[0]])]
     rounds = [[0], [1], [2, 3]]
     places = [(f"d{domain}", number) for domain, of_one in enumerate(rounds) for number in range(1, len(of_one) + 1)]
+    dtype, panelled = client.engine.base.dtype, client.engine.wants_panels
     stacks = [
-        to_serving(geometry, config, p, dtype=client.engine.base.dtype, domain=domain, round=number)
+        to_serving(geometry, config, p, dtype=dtype, domain=domain, round=number, panelled=panelled)
         for (config, p), (domain, number) in zip(drawn, places, strict=True)
     ]
     resident = [ResidentDomain(f"d{i}", f"v{i}", tuple(stacks[j] for j in r)) for i, r in enumerate(rounds)]

@@ -19,6 +19,7 @@ from engine.model.moe_lora import MoeLoraConfig, ServingStack
 from stack_store.format import ProjectionTensors
 from tests.reference import ReferenceModel
 from tests.stacks import Projections, random_projections, to_serving
+from tests.tiny_bases import make_llama
 
 CONFIGS = [MoeLoraConfig(4, 4, 2, 4.0), MoeLoraConfig(2, 8, 1, 2.0), MoeLoraConfig(3, 2, 3, 4.0)]
 SPAN = 2 * BLOCK_TOKENS
@@ -72,7 +73,7 @@ def drawn_projections(base: Base, number: int) -> Projections:
 def drawn_stack(base: Base, number: int) -> ServingStack:
     """In memory of its own each time."""
     projections = drawn_projections(base, number)
-    return to_serving(base.geometry, CONFIGS[number], projections, dtype=base.dtype, round=number + 1)
+    return to_serving(base.geometry, CONFIGS[number], projections, dtype=base.dtype, round=number + 1, panelled=True)
 
 
 def drawn_stacks(base: Base) -> tuple[list[ServingStack], list[tuple[MoeLoraConfig, Projections]]]:
@@ -110,6 +111,24 @@ def test_every_row_has_the_logits_of_the_plain_forward(
         expected = reference.logits(text, [(*drawn[i], weight) for i, weight in mix.items()])
         ends = [min(past + chunk, len(text)) - 1 for past in range(0, len(text), chunk)]
         torch.testing.assert_close(logits, expected[ends], atol=2e-4, rtol=1e-4)
+
+
+def test_widths_that_fill_no_panel(tmp_path: Path) -> None:
+    """40 queries, 20 keys, 104 activations; the columns of the last panel are fewer, and some threads have no other."""
+    folder = make_llama(tmp_path / "odd", hidden_size=72, intermediate_size=104, head_dim=10)
+    base, reference = load(folder), ReferenceModel(folder)
+    stacks, drawn = drawn_stacks(base)
+    mixes = [{stacks[i]: w for i, w in mix.items()} for mix in MIXES]
+    for text, mix, logits in zip(TEXTS, MIXES, decoded(step_of(base, 4, threads=2), TEXTS, mixes), strict=True):
+        expected = reference.logits(text, [(*drawn[i], weight) for i, weight in mix.items()])
+        torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_stack_that_is_not_panelled_is_refused(tiny_base_folder: Folder) -> None:
+    base = load(tiny_base_folder("llama"))
+    stack = to_serving(base.geometry, CONFIGS[0], drawn_projections(base, 0), domain="law", round=2)
+    with pytest.raises(ValueError, match="'law', round 2, is not panelled"):
+        decoded(step_of(base, 1), [TEXTS[1]], [{stack: 1.0}])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -176,8 +195,8 @@ def test_stacks_in_bfloat16(tiny_base_folder: Folder) -> None:
     # All experts of this one are active: a choice between two that are nearly as likely may fall otherwise.
     config = CONFIGS[2]
     projections = random_projections(half.geometry, config, seed=2)
-    stack = to_serving(half.geometry, config, projections, dtype=half.dtype)
-    same = to_serving(full.geometry, config, projections)
+    stack = to_serving(half.geometry, config, projections, dtype=half.dtype, panelled=True)
+    same = to_serving(full.geometry, config, projections, panelled=True)
     same.memory.copy_(stack.memory)
     weights = (1.0, 0.0, 0.5, 2.0)
     exact = decoded(step_of(full, 4), TEXTS, [{same: weight} for weight in weights])
@@ -195,7 +214,7 @@ def test_a_broken_stack_reaches_only_the_rows_that_use_it(tiny_base_folder: Fold
         key: ProjectionTensors(a=tensors.a * torch.inf, b=tensors.b, gate=tensors.gate * torch.nan)
         for key, tensors in random_projections(base.geometry, config, seed=1).items()
     }
-    stack = to_serving(base.geometry, config, broken)
+    stack = to_serving(base.geometry, config, broken, panelled=True)
     step = step_of(base, 2)
     beside, spoilt = decoded(step, [TEXTS[0], TEXTS[0]], [{}, {stack: 1.0}])
     [alone] = decoded(step, [TEXTS[0]], [{}])
@@ -210,7 +229,7 @@ def test_a_stack_at_weight_zero_is_not_computed(tiny_base_folder: Folder) -> Non
         key: replace(tensors, b=tensors.b * torch.inf)
         for key, tensors in random_projections(base.geometry, config, seed=1).items()
     }
-    stack = to_serving(base.geometry, config, infinite)
+    stack = to_serving(base.geometry, config, infinite, panelled=True)
     step = step_of(base, 1)
     [with_it], [without] = decoded(step, [TEXTS[1]], [{stack: 0.0}]), decoded(step, [TEXTS[1]], [{}])
     assert torch.equal(with_it, without)
@@ -227,8 +246,8 @@ def test_equal_logits_choose_the_first_experts_and_no_expert_twice(tiny_base_fol
     }
     pair = MoeLoraConfig(2, 4, 2, 4.0)
     step = step_of(base, 1)
-    [got] = decoded(step, [TEXTS[0]], [{to_serving(base.geometry, config, tied): 1.0}])
-    [expected] = decoded(step, [TEXTS[0]], [{to_serving(base.geometry, pair, first_two): 1.0}])
+    [got] = decoded(step, [TEXTS[0]], [{to_serving(base.geometry, config, tied, panelled=True): 1.0}])
+    [expected] = decoded(step, [TEXTS[0]], [{to_serving(base.geometry, pair, first_two, panelled=True): 1.0}])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0.0)
 
 

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.model.moe_lora import (
+    PANEL,
     MoeLoraConfig,
     ServingDeltas,
     ServingStack,
     StackPack,
+    panels_of,
     serving_stack,
     top_k_gate,
 )
@@ -119,6 +121,27 @@ def test_stack_that_serving_computes_equals_the_one_that_training_evaluated() ->
         trained = stack.group(1, group_name)(x[GEOMETRY.shapes[members[0]][0]])
         for name, expected in zip(members, trained, strict=True):
             torch.testing.assert_close(fast[name], expected)
+
+
+@pytest.mark.parametrize("width", [20, 32, 64, 70])
+def test_panels_hold_every_number_once_in_the_order_of_columns(width: int) -> None:
+    experts, rank = 3, 4
+    b = torch.arange(experts * rank * width, dtype=torch.float32).view(experts * rank, width)
+    slow = [
+        b[expert * rank + row, column]
+        for expert in range(experts)
+        for start in range(0, width, PANEL)
+        for row in range(rank)
+        for column in range(start, min(start + PANEL, width))
+    ]
+    assert torch.equal(panels_of(b, experts), torch.stack(slow))
+
+
+def test_a_panelled_stack_is_not_packed() -> None:
+    config = MoeLoraConfig(num_experts=4, rank=3, top_k=2)
+    stack = to_serving(GEOMETRY, config, random_projections(GEOMETRY, config, seed=1), panelled=True)
+    with pytest.raises(ValueError, match="panelled"):
+        StackPack([stack])
 
 
 def test_fresh_stack_changes_no_bit() -> None:
