@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 STEP_TOKENS = 512
 FUSED_STEP_TOKENS = 128  # whose activations a core's second-level cache holds; more would not be faster
-FUSED_PROMPT_TOKENS = 12  # beside one stream, such a step takes two to three times as long as one without them
+FUSED_PROMPT_TOKENS = 8  # beside one stream, such a step takes about twice as long as one without them
 IDLE_WAIT_SECONDS = 0.5  # how often an idle engine shows that it is alive
 PROMPT_LOGITS_ROWS = 64  # positions whose logits over the whole vocabulary are in memory at once
 
@@ -108,7 +108,7 @@ class Engine:
 
         `max_step_tokens` bounds the tokens of a step, by default to 128 where there is a fused step, or twice
         `max_batch_rows`, and elsewhere to 512. `prompt_tokens_beside_decode` bounds a step's prompt tokens while others
-        decode; by default it is 12 where there is a fused step, and elsewhere there is no other bound.
+        decode; by default it is 8 where there is a fused step, and elsewhere there is no other bound.
         """
         if max_model_len > base.max_positions:
             raise ValueError(f"max_model_len {max_model_len} is more than the base's {base.max_positions} positions")

@@ -114,7 +114,7 @@ def seconds_by_part(engine: Any, fused: Any, rows: int, domains: list[Any]) -> d
     kernels: list[Call] = []
     samples: list[Call] = []
     mixes = [[(domain, 1.0) for domain in domains]] * rows
-    with timed(fused, "logits", kernels), timed(engine_module, "sample", samples):
+    with timed(fused, "run", kernels), timed(engine_module, "sample", samples):
         engine_speed(engine, TOKENS + 4 * rows, mixes)  # prompts are read beside sequences that decode already
     full = [call for call in kernels if [len(row.token_ids) for row in call.arguments[0]] == [1] * rows]
     return {
