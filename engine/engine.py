@@ -108,7 +108,8 @@ class Engine:
 
         `max_step_tokens` bounds the tokens of a step, by default to 128 where there is a fused step, or twice
         `max_batch_rows`, and elsewhere to 512. `prompt_tokens_beside_decode` bounds a step's prompt tokens while others
-        decode; by default it is 8 where there is a fused step, and elsewhere there is no other bound.
+        decode, or as many as decode if these are more; by default it is 8 where there is a fused step, and elsewhere
+        there is no other bound.
         """
         if max_model_len > base.max_positions:
             raise ValueError(f"max_model_len {max_model_len} is more than the base's {base.max_positions} positions")

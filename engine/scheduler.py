@@ -68,7 +68,8 @@ class Scheduler:
         rows = [ScheduledRow(sequence, 1) for sequence in self.running if sequence.num_pending == 1]
         budget = self.max_step_tokens - len(rows)
         if rows and self.prompt_tokens_beside_decode is not None:
-            budget = min(budget, self.prompt_tokens_beside_decode)
+            # A step of many rows takes as long again only with as many more tokens.
+            budget = min(budget, max(self.prompt_tokens_beside_decode, len(rows)))
         for sequence in sorted(self.running, key=lambda one: not one.is_read_only):
             if sequence.num_pending > 1 and budget > 0:
                 rows.append(ScheduledRow(sequence, min(sequence.num_pending, budget)))

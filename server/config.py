@@ -78,7 +78,9 @@ class EngineSettings(_Section):
     max_model_len: int = Field(default=2048, ge=1, description="tokens of prompt and answer together")
     kv_cache_tokens: int = Field(default=16384, ge=1)
     prompt_tokens_beside_decode: int | None = Field(
-        default=None, ge=1, description="of a step in which others decode; default: 8 with a fused step, else no bound"
+        default=None,
+        ge=1,
+        description="of a step in which others decode, or as many as decode; default: 8 if fused, else no bound",
     )
     fused_step: bool = Field(default=True, description="decode on a CPU in one compiled function, if the base allows")
 

@@ -89,6 +89,15 @@ def test_prompts_have_a_budget_of_their_own_beside_decoding_rows() -> None:
     assert [row.num_tokens for row in plan.schedule()] == [14]  # nobody decodes: the whole budget
 
 
+def test_beside_many_decoding_rows_prompts_have_as_many_tokens() -> None:
+    plan = Scheduler(KvCache(60), max_rows=8, max_step_tokens=32, prompt_tokens_beside_decode=3)
+    for number in range(5):
+        plan.add(sequence(str(number), prompt=2, max_tokens=99))
+    step(plan)
+    plan.add(sequence("prompt", prompt=40))
+    assert [row.num_tokens for row in step(plan)] == [1, 1, 1, 1, 1, 5]
+
+
 def test_no_step_exceeds_its_token_budget() -> None:
     plan = scheduler(*(sequence(str(i), prompt=30) for i in range(4)))
     for _ in range(20):
