@@ -134,7 +134,7 @@ class Engine:
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._sequences: dict[str, Sequence] = {}
         self._jobs: deque[_Job[Any]] = deque()
-        self._num_reads = itertools.count()
+        self._read_numbers = itertools.count()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = threading.Event()
         self._end: EngineError = EngineStopped("the engine is shutting down")
@@ -179,7 +179,7 @@ class Engine:
         """
         if len(token_ids) > self.max_model_len:  # the cache may not hold it
             return self.run_on_device(partial(hidden_states, self.base, token_ids, layer))
-        request = GenerationRequest(f"read {next(self._num_reads)}", tuple(token_ids), SamplingParams(max_tokens=0))
+        request = GenerationRequest(f"read {next(self._read_numbers)}", tuple(token_ids), SamplingParams(max_tokens=0))
         self._check(request)
         future: Future[tuple[Tensor, Tensor]] = Future()
         future.set_running_or_notify_cancel()

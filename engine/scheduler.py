@@ -65,13 +65,13 @@ class Scheduler:
         """The rows of the next step; empty if there is nothing to do."""
         self._grow()
         self._admit()
-        rows = [ScheduledRow(sequence, 1) for sequence in self.running if sequence.num_pending == 1]
+        rows = [ScheduledRow(sequence, 1) for sequence in self.running if sequence.is_at_its_end]
         budget = self.max_step_tokens - len(rows)
         if rows and self.prompt_tokens_beside_decode is not None:
             # A step of many rows takes as long again only with as many more tokens.
             budget = min(budget, max(self.prompt_tokens_beside_decode, len(rows)))
         for sequence in sorted(self.running, key=lambda one: not one.is_read_only):
-            if sequence.num_pending > 1 and budget > 0:
+            if not sequence.is_at_its_end and budget > 0:
                 rows.append(ScheduledRow(sequence, min(sequence.num_pending, budget)))
                 budget -= rows[-1].num_tokens
         return rows
@@ -79,13 +79,13 @@ class Scheduler:
     def advance(self, row: ScheduledRow) -> None:
         """The row's tokens were computed; blocks that they filled can be shared from now on."""
         sequence = row.sequence
+        num_full_before = sequence.num_computed // BLOCK_TOKENS
         sequence.num_computed += row.num_tokens
         num_full = sequence.num_computed // BLOCK_TOKENS
-        if num_full > sequence.num_named and not sequence.is_read_only:
+        if num_full > num_full_before and not sequence.is_read_only:
             keys = sequence.keys(num_full)
-            for number in range(sequence.num_named, num_full):
+            for number in range(num_full_before, num_full):
                 self.kv_cache.name(sequence.table.blocks[number], keys[number])
-            sequence.num_named = num_full
 
     @property
     def used_ratio(self) -> float:

@@ -29,7 +29,6 @@ class Sequence:
     num_reused: int = 0  # of the prompt's, those that were there when the sequence first started
     table: BlockTable = field(default_factory=BlockTable)
     block_keys: list[BlockKey] = field(default_factory=list)  # of the first full blocks, made as they are wanted
-    num_named: int = 0  # blocks that can be found by their keys
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     states: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # chunk by chunk, of what is only read
     submitted_at: float = field(default_factory=time.monotonic)
@@ -52,6 +51,11 @@ class Sequence:
         return self.read_layer is not None
 
     @property
+    def is_at_its_end(self) -> bool:
+        """Whether the model has read all but its last token, and the next one will be sampled."""
+        return self.num_pending == 1 and not self.is_read_only
+
+    @property
     def states_layer(self) -> int | None:
         """Behind which layer, and the norm, the hidden states of its next tokens are wanted; then none may be skipped.
 
@@ -70,13 +74,12 @@ class Sequence:
     def start(self, table: BlockTable, num_known: int) -> None:
         """The sequence runs from now on; the cache holds its first `num_known` tokens."""
         self.table, self.num_computed = table, num_known
-        self.num_named = num_known // BLOCK_TOKENS
         if self.started_at is None:
             self.num_reused, self.started_at = num_known, time.monotonic()
 
     def start_over(self) -> None:
         """The cache holds nothing of the sequence any more; its tokens stay, and what was told of them."""
-        self.table, self.num_computed, self.num_named = BlockTable(), 0, 0
+        self.table, self.num_computed = BlockTable(), 0
         self.states.clear()
         if self.states_layer is not None:
             self.prompt_logprobs.clear()

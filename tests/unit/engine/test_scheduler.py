@@ -219,6 +219,13 @@ def test_what_is_only_read_goes_first_and_leaves_nothing() -> None:
     assert plan.kv_cache.find(again.keys(1)) == []
 
 
+def test_the_last_token_of_what_is_only_read_is_no_stream() -> None:
+    plan = Scheduler(KvCache(60), max_rows=4, max_step_tokens=16, prompt_tokens_beside_decode=3)
+    plan.add(sequence("prompt", prompt=40))
+    plan.add(sequence("text", prompt=1, read_layer=1))
+    assert sorted(row.num_tokens for row in plan.schedule()) == [1, 15]  # nobody waits for a next token
+
+
 Arrivals = st.lists(
     st.tuples(st.integers(1, 90), st.integers(1, 60), st.integers(0, 3), st.integers(0, 40)), min_size=1, max_size=12
 )
@@ -242,7 +249,8 @@ def test_everybody_ends_in_bounded_time_whoever_comes_when(
         )
     )
     everybody = [one for _, one in pending]
-    steps = sum(-(-one_length // 8) + one.request.sampling.max_tokens for one, one_length in lengths(everybody))
+    tokens = [(len(one.request.prompt_ids), one.request.sampling.max_tokens) for one in everybody]
+    steps = sum(-(-(prompt + output) // 8) + output for prompt, output in tokens)  # each gives way at its very end
     for now in range(41 + steps):
         while pending and pending[0][0] <= now:
             plan.add(pending.popleft()[1])
@@ -252,8 +260,3 @@ def test_everybody_ends_in_bounded_time_whoever_comes_when(
     assert not plan.waiting
     assert all(one.num_output == one.request.sampling.max_tokens for one in everybody)
     assert plan.kv_cache.num_free == blocks
-
-
-def lengths(sequences: list[Sequence]) -> list[tuple[Sequence, int]]:
-    """Sequences, and how many tokens each will have had to compute if it gives way at its very end."""
-    return [(one, len(one.request.prompt_ids) + one.request.sampling.max_tokens) for one in sequences]
