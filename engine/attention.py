@@ -9,7 +9,7 @@ tokens of a sequence, m tokens that it attends to.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,16 @@ from engine.block_table import Piece
 from engine.errors import BaseUnsupported
 
 ATTENTION_NAME = "brainstacks"
+
+
+class CachedStep(Protocol):
+    """What the attention of every layer gets: where the step's tokens go in the cache, and what each reads there."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None
+    ) -> Tensor:
+        """(Hq, T, D), (Hk, T, D) twice -> (T, Hq, D)."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,15 @@ class AttentionStep:
     rows: Sequence[RowSpan]
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None
+    ) -> Tensor:
+        """Writes the new keys and values, then lets every row read its own."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(1, self.write_positions, key)
+        values.index_copy_(1, self.write_positions, value)
+        return torch.cat([_row(query, keys, values, self, row, window, scaling) for row in self.rows])
+
     def mask(self, row: RowSpan, window: int | None) -> Tensor:
         """(n, m) bool: which keys each new token of a row may read."""
         key = (row.num_past, row.num_tokens, window)
@@ -71,7 +90,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float,
     sliding_window: int | None = None,
-    attention_step: AttentionStep | None = None,
+    attention_step: CachedStep | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -83,13 +102,8 @@ def packed_attention(
         step = AttentionStep((), (), torch.empty(0, device=query.device), (whole,))
         return _prefill(query[0], key[0], value[0], step, whole, sliding_window, scaling).unsqueeze(0), None
     layer: int = module.layer_idx  # type: ignore[assignment]
-    keys, values = attention_step.keys[layer], attention_step.values[layer]
-    keys.index_copy_(1, attention_step.write_positions, key[0])
-    values.index_copy_(1, attention_step.write_positions, value[0])
-    outputs = [
-        _row(query[0], keys, values, attention_step, row, sliding_window, scaling) for row in attention_step.rows
-    ]
-    return torch.cat(outputs).unsqueeze(0), None
+    output = attention_step.attend(layer, query[0], key[0], value[0], scaling=scaling, window=sliding_window)
+    return output.unsqueeze(0), None
 
 
 def _row(

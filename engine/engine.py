@@ -120,7 +120,13 @@ class Engine:
         self.base = base
         self.max_model_len = max_model_len
         num_blocks = num_blocks_for(kv_cache_tokens)
-        self._runner = Runner(base, num_kv_positions=num_blocks * BLOCK_TOKENS, fused_step=fused_step)
+        self._runner = Runner(
+            base,
+            num_kv_positions=num_blocks * BLOCK_TOKENS,
+            fused_step=fused_step,
+            max_rows=max_batch_rows,
+            max_model_len=max_model_len,
+        )
         if prompt_tokens_beside_decode is None and self._runner.is_fused:
             prompt_tokens_beside_decode = FUSED_PROMPT_TOKENS
         if max_step_tokens is None:

@@ -3,19 +3,25 @@
 Letters: T tokens of the step, S stacks in the pack, H hidden size, V vocabulary.
 """
 
+import importlib.util
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from engine.attention import AttentionStep, RowSpan, install_attention
+from engine.block_table import BLOCK_TOKENS, num_blocks_for
 from engine.model.base import Base
 from engine.model.fused_step import FusedRow, FusedStep, make_fused_step
 from engine.model.inject import inject
 from engine.model.moe_lora import ServingDeltas, ServingStack, StackPack
 from engine.scheduler import ScheduledRow
 from engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from engine.decode_graphs import DecodeGraphs  # wants Triton, which is there where CUDA is
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,17 @@ class StepOutput:
 class Runner:
     """The device's one user. Not thread-safe: the engine's thread calls it."""
 
-    def __init__(self, base: Base, *, num_kv_positions: int, fused_step: bool) -> None:
+    def __init__(
+        self,
+        base: Base,
+        *,
+        num_kv_positions: int,
+        fused_step: bool,
+        max_rows: int,
+        max_model_len: int,
+        static_decode: bool | None = None,
+    ) -> None:
+        """`static_decode`: whether steps of one token a row run at static addresses; by default on CUDA with Triton."""
         self.base = base
         self._deltas = ServingDeltas()
         self._pack: StackPack | None = None
@@ -40,12 +56,21 @@ class Runner:
         inject(base.sites, self._deltas)
         config = base.text_config
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (base.num_layers, config.num_key_value_heads, num_kv_positions, head_size)
+        if static_decode is None:
+            static_decode = base.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        num_scratch = BLOCK_TOKENS if static_decode else 0  # of rows that only pad a batch
+        shape = (base.num_layers, config.num_key_value_heads, num_kv_positions + num_scratch, head_size)
         # Empty, not zeroed: on a CPU the system gives pages to positions that are used.
         keys = torch.empty(shape, dtype=base.dtype, device=base.device)
         values = torch.empty(shape, dtype=base.dtype, device=base.device)
         self._keys, self._values = keys.unbind(0), values.unbind(0)
         self._fused = make_fused_step(base, keys, values) if fused_step else None
+        max_blocks = num_blocks_for(max_model_len)
+        self._graphs = (
+            _decode_graphs(base, self._deltas, keys, values, max_rows=max_rows, max_blocks=max_blocks)
+            if static_decode
+            else None
+        )
 
     @property
     def is_fused(self) -> bool:
@@ -54,7 +79,14 @@ class Runner:
 
     def run(self, rows: Rows[ScheduledRow], running: Rows[Sequence]) -> StepOutput:
         """Passes the rows' tokens through the model, by the fused step if there is one."""
-        return self._run_modules(rows, running) if self._fused is None else self._run_fused(self._fused, rows)
+        if self._fused is not None:
+            return self._run_fused(self._fused, rows)
+        self._drop_stale_pack(running)
+        if self._graphs is not None:
+            decoding = [_fused_row(row) for row in rows]
+            if all(map(self._graphs.takes, decoding)):
+                return StepOutput([row.sequence for row in rows], self._graphs.run(decoding), {})
+        return self._run_modules(rows, running)
 
     def _run_fused(self, fused: FusedStep, rows: Rows[ScheduledRow]) -> StepOutput:
         output = fused.run([_fused_row(row) for row in rows])
@@ -93,6 +125,14 @@ class Runner:
         self._pack, self._packed = None, ()
         self._deltas.current = None
 
+    def _drop_stale_pack(self, running: Rows[Sequence]) -> None:
+        """Also when only some of its stacks are in use no more: a pack must not keep an evicted domain's memory.
+
+        And before the next is built: two packs never lie side by side.
+        """
+        if self._pack is not None and set(_stacks_in_use(running)) != set(self._packed):
+            self.release_pack()
+
     def _inputs(self, rows: Rows[ScheduledRow], spans: Rows[RowSpan]) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids (1, T), positions in their sequence (1, T), places in the cache (T,)."""
         ids: list[int] = []
@@ -107,19 +147,14 @@ class Runner:
 
     def _bind_mix(self, rows: Rows[ScheduledRow], packed: Rows[Sequence]) -> None:
         """Points the deltas at this step's stacks and weights; at none if no row of the step has a mix."""
-        in_use = {stack: None for sequence in packed for domain, _ in sequence.request.mix for stack in domain.stacks}
-        stacks = tuple(in_use)
-        if set(stacks) != set(self._packed):
-            # Also when only some of them left: a pack must not keep an evicted domain's memory. And before the next
-            # is built: two packs never lie side by side.
-            self.release_pack()
         self._deltas.current = None
         if not any(row.sequence.request.mix for row in rows):
             return
         if self._pack is None:
+            stacks = _stacks_in_use(packed)
             self._pack, self._packed = StackPack(stacks), stacks
         column = {stack: index for index, stack in enumerate(self._packed)}
-        weights = torch.zeros(len(rows), len(stacks))
+        weights = torch.zeros(len(rows), len(self._packed))
         for index, row in enumerate(rows):
             for stack, weight in _stack_weights(row.sequence).items():
                 weights[index, column[stack]] = weight
@@ -139,6 +174,20 @@ class Runner:
                 of_row = slice(span.first_token, span.first_token + span.num_tokens)
                 states[row.sequence] = layers[row.sequence.states_layer][0, of_row], hidden[of_row]
         return StepOutput([sequence for sequence, _ in sampled], logits, states)
+
+
+def _decode_graphs(
+    base: Base, deltas: ServingDeltas, keys: Tensor, values: Tensor, *, max_rows: int, max_blocks: int
+) -> "DecodeGraphs":
+    from engine.decode_graphs import DecodeGraphs
+
+    return DecodeGraphs(base, deltas, keys, values, max_rows=max_rows, max_blocks=max_blocks)
+
+
+def _stacks_in_use(sequences: Rows[Sequence]) -> tuple[ServingStack, ...]:
+    """Of the mixes of all sequences, each once."""
+    found = {stack: None for sequence in sequences for domain, _ in sequence.request.mix for stack in domain.stacks}
+    return tuple(found)
 
 
 def _row_spans(rows: Rows[ScheduledRow]) -> list[RowSpan]:

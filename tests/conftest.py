@@ -1,9 +1,14 @@
 """Fixtures that several test folders share: tiny random bases, built once a session."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which bitsandbytes does
 
 from tests.tiny_bases import MAKERS
 

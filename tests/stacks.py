@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.model.moe_lora import MoeLoraConfig, ServingStack, serving_stack
 from stack_store.format import PROJECTIONS, Geometry, ProjectionTensors, StackHeader, pack_groups
 
+CPU = torch.device("cpu")
 Projections = dict[tuple[int, str], ProjectionTensors]
 
 
@@ -55,11 +56,12 @@ def to_serving(
     domain: str = "math",
     round: int = 1,
     panelled: bool = False,
+    device: torch.device = CPU,
 ) -> ServingStack:
-    """The serving form of those weights on the CPU."""
+    """The serving form of those weights."""
     header = header_for(geometry, config, domain=domain, round=round)
     groups = pack_groups(header, projections)
-    return serving_stack(header, groups, dtype=dtype, device=torch.device("cpu"), panelled=panelled)
+    return serving_stack(header, groups, dtype=dtype, device=device, panelled=panelled)
 
 
 def random_serving_stack(geometry: Geometry, *, seed: int = 0, top_k: int = 2, zero: bool = False) -> ServingStack:

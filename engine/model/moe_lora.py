@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.model.inject import DeltaSource
 from stack_store.format import INPUT_GROUPS, GroupTensors, StackHeader
 
 PANEL = 32  # columns of B that lie together in panelled stacks
@@ -221,13 +222,31 @@ class StackPack:
         )
 
 
-@dataclass(frozen=True, slots=True)
 class PackStep:
-    """A pack and the weights of one batch's tokens."""
+    """A pack and the weights of one batch's tokens.
 
-    pack: StackPack
-    scaled_weights: Tensor  # (T, 1, S, 1): row weight times scale
-    in_use: Tensor | None  # (T, 1, C) bool; None if every token uses every stack
+    The wrapped projections of a group are called with the same tensor, one after the other; the A product of the first
+    is kept for the others and forgotten with the last.
+    """
+
+    def __init__(self, pack: StackPack, scaled_weights: Tensor, in_use: Tensor | None) -> None:
+        self.pack = pack
+        self.scaled_weights = scaled_weights  # (T, 1, S, 1): row weight times scale
+        self.in_use = in_use  # (T, 1, C) bool; None if every token uses every stack
+        self._input: Tensor | None = None
+        self._key: GroupKey | None = None
+        self._mid: Tensor | None = None
+
+    def add_delta(self, y: Tensor, x: Tensor, layer: int, group: str, index: int) -> Tensor:
+        """(..., O), (..., I) -> (..., O): y plus what the stacks add."""
+        key = (layer, group)
+        if self._input is not x or self._key != key or self._mid is None:
+            self._input, self._key, self._mid = x, key, self.weighted_mid(x.reshape(-1, x.shape[-1]), key)
+        mid = self._mid[index]
+        members = self.pack.groups[key].b
+        if index == len(members) - 1:
+            self._input = self._key = self._mid = None
+        return torch.addmm(y.view(-1, y.shape[-1]), mid, members[index]).view_as(y)
 
     def weighted_mid(self, x: Tensor, key: GroupKey) -> Tensor:
         """(T, I) -> (P, T, C): the A products of a group, times gate, scale and row weight."""
@@ -257,31 +276,14 @@ class PackStep:
 
 
 class ServingDeltas:
-    """The source of deltas while serving: holds the current step, computes a group's A product once.
-
-    The wrapped projections of a group are called with the same tensor, one after the other; the product of the first
-    is kept for the others and forgotten with the last.
-    """
+    """The source of deltas while serving: what the current step adds."""
 
     def __init__(self) -> None:
-        self.current: PackStep | None = None  # None: every row is the base alone
-        self._input: Tensor | None = None
-        self._key: GroupKey | None = None
-        self._mid: Tensor | None = None
+        self.current: DeltaSource | None = None  # None: every row is the base alone
 
     def add_delta(self, y: Tensor, x: Tensor, layer: int, group: str, index: int) -> Tensor:
         """(..., O), (..., I) -> (..., O): y plus the deltas of the current step."""
-        step = self.current
-        if step is None:
-            return y
-        key = (layer, group)
-        if self._input is not x or self._key != key or self._mid is None:
-            self._input, self._key, self._mid = x, key, step.weighted_mid(x.reshape(-1, x.shape[-1]), key)
-        mid = self._mid[index]
-        members = step.pack.groups[key].b
-        if index == len(members) - 1:
-            self._input = self._key = self._mid = None
-        return torch.addmm(y.view(-1, y.shape[-1]), mid, members[index]).view_as(y)
+        return y if self.current is None else self.current.add_delta(y, x, layer, group, index)
 
 
 def _expert_of_row(stacks: Sequence[ServingStack], max_experts: int) -> Tensor:
