@@ -232,15 +232,15 @@ def _attend_kernel(
         positions = number * block + tokens
         is_read = (positions >= first) & (positions < length)
         place = tl.load(tables + number * table_stride + row) * block + tokens
-        at = key_head * head_stride + place[:, None] * size + places[None, :]
+        offsets = key_head.to(tl.int64) * head_stride + place[:, None] * size + places[None, :]
         is_key = is_read[:, None] & (places < size)[None, :]
-        key = tl.load(keys + at, mask=is_key, other=0.0).to(tl.float32)
+        key = tl.load(keys + offsets, mask=is_key, other=0.0).to(tl.float32)
         scores = tl.dot(wanted, tl.trans(key), input_precision="ieee") * scaling
         scores = tl.where(is_read[None, :], scores, -float("inf"))
         # Every block that is read has a position that is read, so the greatest score is finite.
         greatest = tl.maximum(best, tl.max(scores, axis=1))
         kept, shares = tl.exp(best - greatest), tl.exp(scores - greatest[:, None])
-        value = tl.load(values + at, mask=is_key, other=0.0).to(tl.float32)
+        value = tl.load(values + offsets, mask=is_key, other=0.0).to(tl.float32)
         summed = summed * kept[:, None] + tl.dot(shares, value, input_precision="ieee")
         total = total * kept + tl.sum(shares, axis=1)
         best = greatest

@@ -3,6 +3,9 @@
 Without a GPU the kernels run in Triton's interpreter, on the same addresses.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -142,3 +145,13 @@ def test_an_engine_that_decodes_at_static_addresses_says_the_same(
         engine.stop()
     assert answers[0] == answers[1]
     assert answers[0][0] != answers[0][1]
+
+
+def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
+    """By Triton's compiler and NVIDIA's assembler, which need no GPU; in a process that does not interpret kernels."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "-m", "tests.compile_decode_kernels"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.split()) == 8  # four kernels for two architectures
