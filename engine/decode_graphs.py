@@ -25,7 +25,6 @@ from engine.model.decode_kernels import (
     MOST_EXPERTS,
     MOST_RANKS,
     ChosenExperts,
-    GroupPlace,
     RowStacks,
     add_chosen,
     attend,
@@ -33,8 +32,8 @@ from engine.model.decode_kernels import (
     empty_choices,
 )
 from engine.model.fused_step import FusedRow
-from engine.model.moe_lora import GroupKey, ServingDeltas, ServingStack
-from stack_store.format import INPUT_GROUPS, Geometry
+from engine.model.moe_lora import GroupKey, GroupPlace, ServingDeltas, ServingStack, group_places
+from stack_store.format import INPUT_GROUPS
 
 logger = logging.getLogger(__name__)
 
@@ -182,19 +181,6 @@ class DecodeGraphs:
                 self._graphs[size, num_stacks] = graph, logits
         torch.cuda.synchronize(self._base.device)
         logger.info("decode graphs captured count=%d seconds=%.1f", len(self._graphs), time.monotonic() - started)
-
-
-def group_places(geometry: Geometry) -> dict[GroupKey, GroupPlace]:
-    """Where each layer's input groups lie in the memory of a stack that is not panelled (`ServingStack.memory`)."""
-    places: dict[GroupKey, GroupPlace] = {}
-    rank_rows = expert_rows = 0
-    for layer in range(geometry.num_layers):
-        for group, members in INPUT_GROUPS.items():
-            num_in, num_out = geometry.in_features(group), tuple(geometry.out_features(group))
-            places[layer, group] = GroupPlace(rank_rows, expert_rows, num_in, num_out)
-            rank_rows += len(members) * num_in + sum(num_out)
-            expert_rows += len(members) * num_in
-    return places
 
 
 def _in_use(mix: Mapping[ServingStack, float]) -> list[tuple[ServingStack, float]]:

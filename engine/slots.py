@@ -1,16 +1,20 @@
 """Holds resident domains in device memory: one slot, a single flat allocation, a domain. Knows no requests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 
-from engine.model.moe_lora import ServingStack, serving_stack
-from stack_store.format import read_stack
-from stack_store.manifest import DomainEntry
+from engine.model.fused_step import array_of
+from engine.model.moe_lora import ServingStack, host_memory, serving_stack, to_device
+from engine.model.stack_unpacking import StackUnpacking, compile_unpacking
+from stack_store.format import StackHeader, Window, read_stack, resident_bytes
+from stack_store.manifest import DomainEntry, StackEntry
 from stack_store.registry import StackRegistry
+from stack_store.stack_files import Bytes
+
+ONE_PASS_DTYPES = (torch.bfloat16, torch.float32)  # others take the way of many small steps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,6 +31,12 @@ class ResidentDomain:
         return sum(stack.num_bytes for stack in self.stacks)
 
 
+def prepare_loads(dtype: torch.dtype) -> None:
+    """Compiles what loads into this dtype need."""
+    if dtype in ONE_PASS_DTYPES:
+        compile_unpacking(array_of(torch.zeros(1, dtype=dtype)))
+
+
 def load_domain(
     registry: StackRegistry, entry: DomainEntry, *, dtype: torch.dtype, device: torch.device, panelled: bool = False
 ) -> ResidentDomain:
@@ -37,15 +47,29 @@ def load_domain(
     """
     with _copy_stream(device):
         stacks = tuple(
-            _load_stack(registry.stack_path(stack), digest=stack.digest, dtype=dtype, device=device, panelled=panelled)
-            for stack in entry.stacks
+            _load_stack(registry, stack, dtype=dtype, device=device, panelled=panelled) for stack in entry.stacks
         )
     return ResidentDomain(name=entry.name, version=entry.version, stacks=stacks)
 
 
-def _load_stack(path: Path, *, digest: str, dtype: torch.dtype, device: torch.device, panelled: bool) -> ServingStack:
-    stack = read_stack(path, expected_digest=digest, dtype=dtype)
-    return serving_stack(stack.header, stack.groups, dtype=dtype, device=device, panelled=panelled)
+def _load_stack(
+    registry: StackRegistry, stack: StackEntry, *, dtype: torch.dtype, device: torch.device, panelled: bool
+) -> ServingStack:
+    path = registry.stack_path(stack)
+    if dtype not in ONE_PASS_DTYPES:
+        read = read_stack(path, expected_digest=stack.digest, dtype=dtype)
+        return serving_stack(read.header, read.groups, dtype=dtype, device=device, panelled=panelled)
+    host: ServingStack | None = None
+
+    def begin(header: StackHeader) -> Callable[[Window, Bytes], None]:
+        nonlocal host
+        memory = host_memory(resident_bytes(header, dtype) // dtype.itemsize, dtype, device)
+        host = ServingStack.of(header, memory, panelled=panelled)
+        return StackUnpacking(header, array_of(memory), panelled=panelled).take
+
+    registry.files.read(path, stack.digest, begin)
+    assert host is not None
+    return replace(host, memory=to_device(host.memory, device))
 
 
 @contextmanager

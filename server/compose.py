@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.engine import Engine
 from engine.model.base import Base, load_base
-from engine.slots import ResidentDomain
+from engine.slots import ResidentDomain, prepare_loads
 from router.checkpoint import RouterCheckpoint
 from router.errors import CheckpointIncompatible
 from router.router import Router
@@ -75,6 +75,7 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
     metrics = ServerMetrics(version=_version(), base=base.model_id)
     versions = Versions()
     budget_bytes = settings.store.device_budget_bytes or available_memory_bytes(base.device) // AUTO_BUDGET_SHARE
+    prepare_loads(base.dtype)
     cache = ResidentCache[ResidentDomain](
         budget_bytes=budget_bytes,
         load=DomainLoader(

@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stack_store.atomic import replace_file
@@ -36,6 +38,9 @@ from stack_store.header import StackHeader as StackHeader
 from stack_store.header import from_metadata, to_metadata
 from stack_store.int8 import dequantise_rows, quantise_rows
 from stack_store.tensor_file import LENGTH_BYTES, TensorFile, is_finite
+
+PARTS = ("a", "b", "gate", "a_scale", "b_scale")
+NO_PART = -1  # of a bf16 file, which has no scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +117,16 @@ def write_stack(path: Path, header: StackHeader, groups: Mapping[tuple[int, str]
     return digest.hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Some layers of a stack file, whose bytes lie behind each other."""
+
+    begin: int  # in the file
+    num_bytes: int
+    first_layer: int
+    parts: NDArray[np.int64]  # (layers, 4, PARTS): where in the window each part of an input group begins, or NO_PART
+
+
 class OpenStack:
     """A stack file whose header is known to be good, and whose tensors may be read once: by load or by verify."""
 
@@ -133,6 +148,30 @@ class OpenStack:
             (layer, group): self._load_group(stored, layer, group, dtype) for layer, group in _paging_order(self.header)
         }
         return Stack(header=self.header, groups=groups), digest
+
+    @property
+    def head(self) -> bytes:
+        """The file's bytes before its first tensor."""
+        return self._file.head
+
+    def windows(self) -> tuple[Window, ...]:
+        """The pieces in which the tensors can be read one after the other: a layer each, or else all at once."""
+        begins = np.array([self._begins(layer) for layer in range(self.header.geometry.num_layers)])  # (L, 4, parts)
+        firsts = [int(layer[layer != NO_PART].min()) for layer in begins]
+        ends = [*firsts[1:], self._file.entries[-1].end]
+        if any(layer.max() >= end for layer, end in zip(begins, ends, strict=True)):
+            return (Window(len(self.head), ends[-1], 0, begins),)
+        return tuple(
+            Window(
+                len(self.head) + first, end - first, number, np.where(layer == NO_PART, NO_PART, layer - first)[None]
+            )
+            for number, (layer, first, end) in enumerate(zip(begins, firsts, ends, strict=True))
+        )
+
+    def _begins(self, layer: int) -> list[list[int]]:
+        """Where the parts of each input group begin, behind the head."""
+        begins = {entry.name: entry.begin for entry in self._file.entries}
+        return [[begins.get(f"{_prefix(layer, group)}.{part}", NO_PART) for part in PARTS] for group in INPUT_GROUPS]
 
     def verify(self, *, copy_to: BufferedWriter | None = None) -> str:
         """The file's digest, every value being finite. Streams; `copy_to` gets exactly the bytes that were checked."""

@@ -40,6 +40,7 @@ from stack_store.manifest import (
     stack_file,
     write_manifest,
 )
+from stack_store.stack_files import StackFiles
 from stack_store.tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class StackRegistry:
     def __init__(self, path: Path) -> None:
         """Use create or open."""
         self.path = path
+        self.files = StackFiles()
         self._headers: dict[str, StackHeader] = {}
         self._share = FolderShare(path / "domains", when_alone=self._remove_leftovers)
         self._manifest = read_manifest(path / MANIFEST)
@@ -207,6 +209,7 @@ class StackRegistry:
                 path.unlink()
             for stack in entry.stacks:
                 self._headers.pop(stack.digest, None)
+                self.files.forget(stack.digest)
             _remove_if_empty(self.path / "domains" / entry.name)
             return num_bytes
 

@@ -93,6 +93,11 @@ class TensorFile:
                     copy_to.write(chunk)
         return self._hash.hexdigest()
 
+    @property
+    def head(self) -> bytes:
+        """The bytes before the first tensor."""
+        return self._head
+
     def _read_head(self) -> bytes:
         self.num_bytes = os.fstat(self._file.fileno()).st_size
         start = self._file.read(LENGTH_BYTES + 1)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.block_table import BLOCK_TOKENS
+from engine.model.moe_lora import GroupPlace
 
 # What a stack may have at most to be computed here; other shapes go through the modules.
 MOST_EXPERTS = 16
@@ -32,16 +33,6 @@ class RowStacks:
     addresses: Tensor  # (S, B) int64, of a stack's flat memory
     shapes: Tensor  # (3, S, B) int64: E, R, K
     weights: Tensor  # (S, B) float32: the stack's weight in the row's mix, times its scale
-
-
-@dataclass(frozen=True, slots=True)
-class GroupPlace:
-    """Where an input group lies in the flat memory of any stack: `rank_rows * E*R + expert_rows * E` values in."""
-
-    rank_rows: int
-    expert_rows: int
-    num_in: int
-    num_out: tuple[int, ...]  # of each projection
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,14 +21,12 @@ from engine.block_table import BlockTable
 from engine.model.base import Base
 from engine.model.decoder_plan import DecoderPlan, plan_decoder
 from engine.model.fused_kernels import BLOCKED_PAIRS, count_together, decode
-from engine.model.moe_lora import ServingStack
+from engine.model.moe_lora import MAX_MEMBERS, ServingStack, value_offsets
 from stack_store.format import INPUT_GROUPS, Geometry
 
 logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
-
-MAX_MEMBERS = max(map(len, INPUT_GROUPS.values()))  # projections of an input group
 
 # Two of numba's parallel functions must not run at the same time under its plainest threading layer.
 _one_at_a_time = threading.Lock()
@@ -179,14 +177,8 @@ def _group_shapes(geometry: Geometry) -> tuple[Array, Array]:
 
 def _addresses(stack: ServingStack) -> Array:
     """Where a stack's weights lie: by layer and input group `a_and_gate`, then each b (L, 4, 4)."""
-    num_layers = len(stack.groups) // len(INPUT_GROUPS)
-    addresses = np.zeros((num_layers, len(INPUT_GROUPS), 1 + MAX_MEMBERS), np.int64)
-    for layer in range(num_layers):
-        for index, name in enumerate(INPUT_GROUPS):
-            group = stack.groups[layer, name]
-            addresses[layer, index, 0] = group.a_and_gate.data_ptr()
-            addresses[layer, index, 1 : 1 + len(group.b)] = [b.data_ptr() for b in group.b]
-    return addresses
+    offsets = value_offsets(stack.geometry, stack.num_experts, stack.rank)
+    return stack.memory.data_ptr() + offsets * stack.memory.element_size()
 
 
 def _read_tokens(rows: Sequence[FusedRow], first_tokens: Array) -> tuple[Array, Array]:

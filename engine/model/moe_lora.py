@@ -15,16 +15,20 @@ none.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.model.inject import DeltaSource
-from stack_store.format import INPUT_GROUPS, GroupTensors, StackHeader
+from stack_store.format import INPUT_GROUPS, Geometry, GroupTensors, StackHeader
 
 PANEL = 32  # columns of B that lie together in panelled stacks
+
+MAX_MEMBERS = max(map(len, INPUT_GROUPS.values()))  # projections of an input group
 
 GroupKey = tuple[int, str]  # layer, input group
 
@@ -66,24 +70,92 @@ class ServingGroup:
     b: tuple[Tensor, ...]  # P tensors (C, O); of a panelled stack (C * O,), as `panels_of` orders them
 
 
+@dataclass(frozen=True, slots=True)
+class GroupPlace:
+    """Where an input group lies in the flat memory of any stack: `rank_rows * E*R + expert_rows * E` values in."""
+
+    rank_rows: int
+    expert_rows: int
+    num_in: int
+    num_out: tuple[int, ...]  # of each projection
+
+
+def group_places(geometry: Geometry) -> dict[GroupKey, GroupPlace]:
+    """The place of each layer's input groups; a group is A and gates of each projection in turn, then the B of each."""
+    places: dict[GroupKey, GroupPlace] = {}
+    rank_rows = expert_rows = 0
+    for layer in range(geometry.num_layers):
+        for group, members in INPUT_GROUPS.items():
+            num_in, num_out = geometry.in_features(group), tuple(geometry.out_features(group))
+            places[layer, group] = GroupPlace(rank_rows, expert_rows, num_in, num_out)
+            rank_rows += len(members) * num_in + sum(num_out)
+            expert_rows += len(members) * num_in
+    return places
+
+
+def value_offsets(geometry: Geometry, num_experts: int, rank: int) -> NDArray[np.int64]:
+    """Where in a stack's flat memory its values begin: by layer and input group `a_and_gate`, then each b (L, 4, 4)."""
+    rank_rows = num_experts * rank
+    sizes = np.zeros((len(INPUT_GROUPS), 1 + MAX_MEMBERS), np.int64)
+    for row, group in zip(sizes, INPUT_GROUPS, strict=True):
+        outputs = geometry.out_features(group)
+        row[0] = len(outputs) * (rank_rows + num_experts) * geometry.in_features(group)
+        row[1 : 1 + len(outputs)] = [rank_rows * width for width in outputs]
+    in_layer = np.cumsum(sizes).reshape(sizes.shape) - sizes
+    return in_layer + sizes.sum() * np.arange(geometry.num_layers)[:, None, None]
+
+
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ServingStack:
     """One frozen stack on the device, ready to be packed or, panelled, to be computed by the fused step."""
 
     domain: str
     round: int
+    geometry: Geometry
     num_experts: int
     rank: int
     top_k: int
     scale: float
     is_panelled: bool
     memory: Tensor  # one flat tensor: by layer and input group a_and_gate, then b
-    groups: Mapping[GroupKey, ServingGroup]  # views of it
+
+    @classmethod
+    def of(cls, header: StackHeader, memory: Tensor, *, panelled: bool) -> "ServingStack":
+        """The stack that the memory holds."""
+        return cls(
+            domain=header.domain,
+            round=header.round,
+            geometry=header.geometry,
+            num_experts=header.num_experts,
+            rank=header.rank,
+            top_k=header.top_k,
+            scale=header.scale,
+            is_panelled=panelled,
+            memory=memory,
+        )
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all weights on the device."""
         return self.memory.numel() * self.memory.element_size()
+
+    def groups(self) -> dict[GroupKey, ServingGroup]:
+        """Views of the memory by layer and input group, in paging order."""
+        rank_rows, experts, shapes = self.num_experts * self.rank, self.num_experts, self.geometry.shapes
+        used = 0
+
+        def take(*shape: int) -> Tensor:
+            nonlocal used
+            start, used = used, used + math.prod(shape)
+            return self.memory[start:used].view(shape)
+
+        groups: dict[GroupKey, ServingGroup] = {}
+        for layer in range(self.geometry.num_layers):
+            for name, members in INPUT_GROUPS.items():
+                a_and_gate = take(len(members), rank_rows + experts, shapes[members[0]][0])
+                b = tuple(take(rank_rows, shapes[p][1]) for p in members)
+                groups[layer, name] = ServingGroup(a_and_gate, tuple(map(torch.flatten, b)) if self.is_panelled else b)
+        return groups
 
 
 def panels_of(b: Tensor, num_experts: int) -> Tensor:
@@ -108,24 +180,18 @@ def serving_stack(
     On CUDA it is filled in pinned memory and copied at once, in the current stream, which the caller synchronises.
     """
     numel = sum(tensor.numel() for group in groups.values() for tensor in (group.a, group.gate, group.b))
-    host = torch.empty(numel, dtype=dtype, pin_memory=device.type == "cuda")
-    for key, group in _carve(host, header, panelled=panelled).items():
+    host = ServingStack.of(header, host_memory(numel, dtype, device), panelled=panelled)
+    for key, group in host.groups().items():
         _fill(group, groups[key], header, panelled=panelled)
-    memory = _to_device(host, device)
-    return ServingStack(
-        domain=header.domain,
-        round=header.round,
-        num_experts=header.num_experts,
-        rank=header.rank,
-        top_k=header.top_k,
-        scale=header.scale,
-        is_panelled=panelled,
-        memory=memory,
-        groups=_carve(memory, header, panelled=panelled),
-    )
+    return replace(host, memory=to_device(host.memory, device))
 
 
-def _to_device(host: Tensor, device: torch.device) -> Tensor:
+def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Flat memory from which a copy to the device is fastest: on CUDA pinned."""
+    return torch.empty(numel, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device; on CUDA copied in the current stream, into memory of the default stream.
 
     Memory belongs to the stream it was allocated in, and only that stream gets it back when it is freed.
@@ -137,25 +203,6 @@ def _to_device(host: Tensor, device: torch.device) -> Tensor:
         target = torch.empty_like(host, device=device)
     torch.cuda.current_stream(device).wait_stream(default)
     return target.copy_(host, non_blocking=True)
-
-
-def _carve(memory: Tensor, header: StackHeader, *, panelled: bool) -> dict[GroupKey, ServingGroup]:
-    """Views of one flat tensor that hold every group of a stack, in paging order."""
-    rank_rows, experts, shapes = header.num_experts * header.rank, header.num_experts, header.geometry.shapes
-    used = 0
-
-    def take(*shape: int) -> Tensor:
-        nonlocal used
-        start, used = used, used + math.prod(shape)
-        return memory[start:used].view(shape)
-
-    groups: dict[GroupKey, ServingGroup] = {}
-    for layer in range(header.geometry.num_layers):
-        for name, members in INPUT_GROUPS.items():
-            a_and_gate = take(len(members), rank_rows + experts, shapes[members[0]][0])
-            b = tuple(take(rank_rows, shapes[p][1]) for p in members)
-            groups[layer, name] = ServingGroup(a_and_gate, tuple(map(torch.flatten, b)) if panelled else b)
-    return groups
 
 
 def _fill(group: ServingGroup, stored: GroupTensors, header: StackHeader, *, panelled: bool) -> None:
@@ -180,7 +227,7 @@ class StackPack:
             raise ValueError("a pack needs at least one stack")
         if any(stack.is_panelled for stack in stacks):
             raise ValueError("a panelled stack cannot be packed")
-        device = next(iter(stacks[0].groups.values())).a_and_gate.device
+        device = stacks[0].memory.device
         self.num_stacks = len(stacks)
         self.max_experts = max(stack.num_experts for stack in stacks)
         self.max_top_k = max(stack.top_k for stack in stacks)
@@ -190,12 +237,16 @@ class StackPack:
         self.stack_of_row = self.expert_of_row // self.max_experts  # (C,)
         self.no_expert = _padding_mask(stacks, self.max_experts, device)  # (S, E) or None
         self.no_choice = _choice_mask(stacks, self.max_top_k, device)  # (S, K) or None
-        self.groups: dict[GroupKey, ServingGroup] = {key: self._concatenate(stacks, key) for key in stacks[0].groups}
+        groups = [stack.groups() for stack in stacks]
+        # One stack alone is used where it lies: nothing is copied.
+        self.groups = (
+            groups[0] if len(stacks) == 1 else {key: self._concatenate(stacks, groups, key) for key in groups[0]}
+        )
 
-    def _concatenate(self, stacks: Sequence[ServingStack], key: GroupKey) -> ServingGroup:
-        if len(stacks) == 1:
-            return stacks[0].groups[key]  # the stack's own memory: nothing is copied
-        groups = [(stack, stack.groups[key]) for stack in stacks]
+    def _concatenate(
+        self, stacks: Sequence[ServingStack], groups_of: Sequence[Mapping[GroupKey, ServingGroup]], key: GroupKey
+    ) -> ServingGroup:
+        groups = [(stack, groups[key]) for stack, groups in zip(stacks, groups_of, strict=True)]
         ranks = [group.a_and_gate[:, : stack.num_experts * stack.rank] for stack, group in groups]
         gates = [
             F.pad(

@@ -120,7 +120,7 @@ def test_a_batch_of_the_base_alone_needs_no_stack(base: Base, domains: Mapping[s
 
 def test_a_mix_whose_loss_is_not_finite_is_named(base: Base, domains: Mapping[str, Sequence[ServingStack]]) -> None:
     broken = random_serving_stack(base.geometry, seed=9)
-    for group in broken.groups.values():
+    for group in broken.groups().values():
         group.a_and_gate.fill_(float("inf"))
     first, second = examples_of(base, 2)
     with pytest.raises(TrainingDiverged, match=r"\{'law': 1.0\} is nan"):

@@ -1,18 +1,21 @@
 """A domain on disk becomes a resident domain whose numbers are those of its files."""
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from engine.engine import Engine
 from engine.model.base import load_base
-from engine.model.moe_lora import MoeLoraConfig
+from engine.model.moe_lora import MoeLoraConfig, serving_stack
 from engine.slots import load_domain
 from engine.types import SamplingParams
-from stack_store.errors import DigestMismatch, StoreError
-from stack_store.format import Geometry, pack_groups, write_stack
+from stack_store.errors import DigestMismatch, StackInvalid, StoreError
+from stack_store.format import Geometry, pack_groups, read_stack, write_stack
 from stack_store.registry import StackRegistry
 from tests.engines import Client
 from tests.stacks import header_for, random_projections, to_serving
@@ -27,6 +30,19 @@ GEOMETRY = Geometry(
         "gate_proj": (64, 128),
         "up_proj": (64, 128),
         "down_proj": (128, 64),
+    },
+)
+# Outputs that fill no panel, and one that fills several.
+WIDE = Geometry(
+    num_layers=3,
+    shapes={
+        "q_proj": (40, 72),
+        "k_proj": (40, 24),
+        "v_proj": (40, 24),
+        "o_proj": (72, 40),
+        "gate_proj": (40, 104),
+        "up_proj": (40, 104),
+        "down_proj": (104, 40),
     },
 )
 CONFIG = MoeLoraConfig(num_experts=3, rank=4, top_k=2)
@@ -54,19 +70,58 @@ def test_a_resident_domain_holds_its_rounds_as_written_and_the_bytes_that_were_a
         assert resident.version == entry.version
         for round_number, stack in enumerate(resident.stacks, 1):
             expected = to_serving(GEOMETRY, CONFIG, random_projections(GEOMETRY, CONFIG, seed=round_number))
-            for key, group in expected.groups.items():
-                got = stack.groups[key]
+            for key, group in expected.groups().items():
+                got = stack.groups()[key]
                 for mine, theirs in zip((got.a_and_gate, *got.b), (group.a_and_gate, *group.b), strict=True):
                     assert mine.dtype == dtype
                     assert torch.equal(mine.float(), theirs.bfloat16().float())  # files hold bfloat16
+
+
+@pytest.mark.parametrize("panelled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_one_pass_over_a_file_gives_the_bits_of_many_small_steps(
+    tmp_path: Path, weights: Literal["bf16", "int8"], dtype: torch.dtype, panelled: bool
+) -> None:
+    header = replace(header_for(WIDE, CONFIG), weights=weights)
+    write_stack(tmp_path / "stack", header, pack_groups(header, random_projections(WIDE, CONFIG, seed=1)))
+    registry = StackRegistry.create(tmp_path / "store", base_fingerprint=header.base_fingerprint, geometry=WIDE)
+    entry = registry.register_domain("math", [tmp_path / "stack"]).entry
+    read = read_stack(registry.stack_path(entry.stacks[0]), dtype=dtype)
+    expected = serving_stack(read.header, read.groups, dtype=dtype, device=CPU, panelled=panelled)
+    for _ in range(2):  # hashed, then trusted
+        loaded = load_domain(registry, entry, dtype=dtype, device=CPU, panelled=panelled).stacks[0]
+        assert torch.equal(loaded.memory, expected.memory)
+        assert loaded.memory.dtype == dtype
+        assert (loaded.scale, loaded.top_k, loaded.is_panelled) == (expected.scale, expected.top_k, panelled)
 
 
 def test_a_resident_stack_is_one_allocation(tmp_path: Path) -> None:
     registry = store_with_two_rounds(tmp_path, GEOMETRY, "some-base")
     resident = load_domain(registry, registry.domain("math"), dtype=torch.float32, device=CPU)
     for stack in resident.stacks:
-        storages = {t.untyped_storage().data_ptr() for g in stack.groups.values() for t in (g.a_and_gate, *g.b)}
+        storages = {t.untyped_storage().data_ptr() for g in stack.groups().values() for t in (g.a_and_gate, *g.b)}
         assert len(storages) == 1
+
+
+def test_a_file_that_changes_between_two_loads_is_not_loaded_until_it_is_what_it_was(tmp_path: Path) -> None:
+    """Though the second load trusts a file that it knows: any write shows in what the system keeps of it."""
+    registry = store_with_two_rounds(tmp_path, GEOMETRY, "some-base")
+    entry = registry.domain("math")
+    load_domain(registry, entry, dtype=torch.float32, device=CPU)
+    path = registry.stack_path(entry.stacks[1])
+    good, times = path.read_bytes(), path.stat()
+    path.chmod(0o644)
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # of the same length, and the times look the same
+    for _ in range(2):
+        with pytest.raises(DigestMismatch, match=path.name):
+            load_domain(registry, entry, dtype=torch.float32, device=CPU)
+    path.write_bytes(good[:-100])
+    with pytest.raises(StackInvalid, match="truncated"):
+        load_domain(registry, entry, dtype=torch.float32, device=CPU)
+    path.write_bytes(good)
+    load_domain(registry, entry, dtype=torch.float32, device=CPU)
 
 
 def test_a_file_that_changed_after_registration_is_not_loaded(tmp_path: Path) -> None:

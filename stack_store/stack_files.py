@@ -1,0 +1,87 @@
+"""Reads registered stack files again and again, as fast as they come. Knows bytes and digests, not their meaning.
+
+The first time all bytes are hashed while they are read. Later a file is trusted as long as it is the same one by the
+numbers that the system keeps of it; one that was written to, or is another, must have the digest again.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stack_store.errors import DigestMismatch, StackInvalid
+from stack_store.format import OpenStack, StackHeader, Window
+
+Bytes = NDArray[np.uint8]
+# Device, inode, size, and when content and inode last changed: what no write, no rename and no copy leaves alike.
+Identity = tuple[int, int, int, int, int]
+
+SCRATCH_UNIT = 64  # bytes that a view of any type divides
+
+
+@dataclass(frozen=True, slots=True)
+class StackPlan:
+    """What is known of a file whose header was read and found good."""
+
+    header: StackHeader
+    windows: tuple[Window, ...]
+    identity: Identity
+
+
+class StackFiles:
+    """The files that were read before. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._plans: dict[str, StackPlan] = {}
+        self._scratch = threading.local()
+
+    def read(self, path: Path, digest: str, begin: Callable[[StackHeader], Callable[[Window, Bytes], None]]) -> None:
+        """Passes the file's tensors on, window by window; `begin` is told the header first and says to whom.
+
+        The bytes of a window are overwritten by the next. What was passed on is worth nothing unless this returns.
+        Raises StackInvalid, DigestMismatch or OSError that names the path.
+        """
+        with path.open("rb", buffering=0) as file:
+            identity = _identity(file.fileno())
+            known = self._plans.get(digest)
+            hashed: Any = None
+            if known is None or known.identity != identity:
+                with open(os.dup(file.fileno()), "rb") as copy:
+                    stack = OpenStack(copy, name=str(path))
+                known = StackPlan(stack.header, stack.windows(), identity)
+                hashed = hashlib.sha256(stack.head)
+            take = begin(known.header)
+            for window in known.windows:
+                data = self._scratch_of(window.num_bytes)
+                if os.preadv(file.fileno(), [data.data], window.begin) != window.num_bytes:
+                    raise StackInvalid(f"{path}: is truncated: it shrank while it was read")
+                if hashed is not None:
+                    hashed.update(data)
+                take(window, data)
+            if hashed is not None and hashed.hexdigest() != digest:
+                raise DigestMismatch(f"{path} has digest {hashed.hexdigest()}, not {digest}")
+            if _identity(file.fileno()) != identity:
+                raise StackInvalid(f"{path}: changed while it was read")
+            self._plans[digest] = known
+
+    def forget(self, digest: str) -> None:
+        """The next read hashes all bytes again."""
+        self._plans.pop(digest, None)
+
+    def _scratch_of(self, num_bytes: int) -> Bytes:
+        """Memory of the thread's own, as long as the longest window so far."""
+        scratch: Bytes | None = getattr(self._scratch, "bytes", None)
+        if scratch is None or len(scratch) < num_bytes:
+            scratch = self._scratch.bytes = np.empty(-(-num_bytes // SCRATCH_UNIT) * SCRATCH_UNIT, np.uint8)
+        return scratch[:num_bytes]
+
+
+def _identity(descriptor: int) -> Identity:
+    stat = os.fstat(descriptor)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
