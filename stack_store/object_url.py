@@ -80,24 +80,27 @@ def shown_url(url: str) -> str:
 
 
 def _fault(url: str) -> str | None:
-    scheme, separator, rest = url.partition("://")
-    if not separator or not SCHEME.fullmatch(scheme):
-        return _forbidden(url) or "must be SCHEME://PLACE/NAME with the scheme in lower case"
-    authority, *parts = rest.split("/")
-    if "@" in authority:
-        return "contains credentials"
-    if scheme == FILE_SCHEME and authority:
-        return "names a host: a file URL has three slashes"
-    if scheme != FILE_SCHEME and not authority.strip("."):
-        return "names no bucket or host"
-    if ".." in parts:
-        return "contains '..'"
-    if "" in parts or "." in parts:
-        return "has an empty part or a '.' in its path"
-    return _forbidden(url)
-
-
-def _forbidden(url: str) -> str | None:
     if not url.isprintable():
         return "contains a character that can't be printed"
-    return next((fault for text, fault in FORBIDDEN.items() if text in url), None)
+    for text, fault in FORBIDDEN.items():
+        if text in url:
+            return fault
+    scheme, separator, rest = url.partition("://")
+    if not separator or not SCHEME.fullmatch(scheme):
+        return "must be SCHEME://PLACE/NAME with the scheme in lower case"
+    authority, *parts = rest.split("/")
+    return _fault_of_place(authority, is_file=scheme == FILE_SCHEME) or _fault_of_path(parts)
+
+
+def _fault_of_place(authority: str, *, is_file: bool) -> str | None:
+    if "@" in authority:
+        return "contains credentials"
+    if is_file:
+        return "names a host: a file URL has three slashes" if authority else None
+    return None if authority.strip(".") else "names no bucket or host"
+
+
+def _fault_of_path(parts: Sequence[str]) -> str | None:
+    if ".." in parts:
+        return "contains '..'"
+    return "has an empty part or a '.' in its path" if "" in parts or "." in parts else None

@@ -42,7 +42,7 @@ class PartialFile:
         self._file.truncate(0)
 
     def commit(self, path: Path, *, digest: str) -> None:
-        """The bytes bear the name `path`. Raises DigestMismatch, keeping nothing, if they are others than `digest` names."""
+        """The bytes bear the name `path`. Raises DigestMismatch, keeping nothing, unless they have this digest."""
         self._file.seek(0)
         found = hashlib.file_digest(self._file, "sha256").hexdigest()
         if found != digest:
