@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 * 1024 * 1024
 MIN_CHUNK_BYTES = 64 * 1024
-BACKOFF_SECONDS = (0.5, 1.0, 2.0, 4.0)
+BACKOFF_SECONDS = (0.5, 1.0, 2.0)
 
 
 class DownloadObserver(Protocol):
