@@ -10,16 +10,16 @@ LINGER_NOT_AT_ALL = b"\x01\0\0\0\0\0\0\0"  # closing sends a reset, as a broken 
 
 
 class BreakingProxy:
-    """Passes bytes between clients and a local port, and resets a connection after each of `breaks` bytes from there."""
+    """Passes bytes between clients and a local port. Resets a connection after each of `breaks` bytes from there."""
 
-    def __init__(self, port: int, *, breaks: list[int], stays_broken: bool = False) -> None:
-        """`stays_broken`: when the last break is used up, everybody is reset until mend()."""
+    def __init__(self, port: int, *, breaks: list[int], num_refused: int = 0) -> None:
+        """After the last break so many connections are reset at once, unless mend() comes first."""
         self.num_passed = 0
         self.num_connections = 0
         self._upstream = ("127.0.0.1", port)
         self._breaks = list(breaks)
-        self._stays_broken = stays_broken
-        self._is_broken = False
+        self._num_refused = num_refused
+        self._num_to_refuse = 0
         self._since_break = 0
         self._changing = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -30,7 +30,7 @@ class BreakingProxy:
     def mend(self) -> None:
         """Nothing breaks from now on."""
         with self._changing:
-            self._is_broken, self._breaks = False, []
+            self._num_to_refuse, self._breaks = 0, []
 
     def __enter__(self) -> Self:
         self._threads[0].start()
@@ -51,7 +51,7 @@ class BreakingProxy:
             while True:
                 client, _ = self._listener.accept()
                 self.num_connections += 1
-                if self._is_broken:
+                if self._is_refused():
                     _reset(client)
                     continue
                 server = socket.create_connection(self._upstream)
@@ -72,9 +72,14 @@ class BreakingProxy:
                 return
         _reset(client)
 
+    def _is_refused(self) -> bool:
+        with self._changing:
+            self._num_to_refuse -= 1
+            return self._num_to_refuse >= 0
+
     def _breaks_within(self, num_bytes: int) -> bool:
         with self._changing:
-            if self._is_broken:
+            if self._num_to_refuse > 0:
                 return True
             self._since_break += num_bytes
             if not self._breaks or self._since_break < self._breaks[0]:
@@ -82,7 +87,7 @@ class BreakingProxy:
                 return False
             del self._breaks[0]
             self._since_break = 0
-            self._is_broken = self._stays_broken and not self._breaks
+            self._num_to_refuse = 0 if self._breaks else self._num_refused
             return True
 
 

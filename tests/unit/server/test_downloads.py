@@ -52,7 +52,7 @@ def fetch(downloads: Downloads, name: str) -> Coroutine[Any, Any, None]:
     return downloads.fetch([FileSource(url=f"memory://x/{name}", sha256=DIGEST)])
 
 
-async def all_asked(downloads: Downloads, downloader: GatedDownloader, *names: str) -> list[None | BaseException]:
+async def all_asked(downloads: Downloads, downloader: GatedDownloader, *names: str) -> list[BaseException | None]:
     """What came of calls of which each had begun to wait before the first download ended."""
     calls = []
     for name in names:

@@ -66,7 +66,7 @@ def test_links_out_of_a_folder_are_refused(tmp_path: Path) -> None:
         assert f"file://{root}/{name}" in str(error.value)
 
 
-class OddDriver(fsspec.AbstractFileSystem):
+class OddDriver(fsspec.AbstractFileSystem):  # type: ignore[misc]
     """Finds ten bytes wherever it is asked, and then does what the name of the object says."""
 
     protocol = "odd"
