@@ -185,7 +185,7 @@ def test_an_outage_that_the_driver_gives_up_on_is_outlasted(
     """The driver reads again by itself, but gives up when it can't connect."""
     file = publish(s3_port, "big.safetensors", big_file(num_bytes=500_000))
     with (
-        BreakingProxy(s3_port, breaks=[300_000], num_refused=1) as proxy,
+        BreakingProxy(s3_port, breaks=[300_000], num_refused=3) as proxy,
         serving(tmp_path, proxy.port) as (server, client),
     ):
         server.routers[file.content[-8:].hex()] = ScriptedRouter()
@@ -366,3 +366,16 @@ def test_a_missing_driver_names_what_to_install() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert said == "root with scheme 's3': its driver is not installed: pip install 'brainstacks[s3]'\n"
+
+
+@pytest.mark.parametrize("library", ["botocore.auth", "aiobotocore.credentials", "s3fs", "fsspec"])
+def test_libraries_that_sign_requests_do_not_log_how(library: str) -> None:
+    """In a process of its own, because logging is configured for the whole of it."""
+    code = (
+        "import logging\n"
+        "from server.logs import configure_logging\n"
+        "configure_logging('debug')\n"
+        "assert logging.getLogger('server').isEnabledFor(logging.DEBUG)\n"
+        f"assert not logging.getLogger({library!r}).isEnabledFor(logging.INFO)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
