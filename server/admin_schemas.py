@@ -5,21 +5,26 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+MAX_URL_LENGTH = 2048
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class FileSource(BaseModel):
-    """One file: by path under the import root, or by the digest of an upload."""
+    """One file: by path under the import root, by the digest of an upload, or by a URL and the digest it must have."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     path: Annotated[str, Field(min_length=1)] | None = None
+    url: Annotated[str, Field(min_length=1, max_length=MAX_URL_LENGTH)] | None = None
     sha256: Sha256 | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
+        if self.url is not None and self.sha256 is None:
+            raise PydanticCustomError("invalid", "sha256 is required with url")
         if (self.path is None) == (self.sha256 is None):
-            raise PydanticCustomError("invalid", "give either path or sha256")
+            raise PydanticCustomError("invalid", "give either path or sha256, or url with sha256")
         return self
 
 

@@ -5,6 +5,7 @@ list of all options.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -190,11 +191,32 @@ def push_stacks(
     )
     progress = Progress(*columns, console=Console(stderr=True))
     with _told_plainly(), _client(url, config, admin_key=admin_key) as client, progress:
-        digests = []
+        stacks = []
         for file in files:
             task = progress.add_task(file.name, total=file.stat().st_size)
-            digests.append(client.upload(file, lambda sent, task=task: progress.advance(task, sent)))
-        answer = client.register(name, digests, dry_run=dry_run)
+            stacks.append({"sha256": client.upload(file, lambda sent, task=task: progress.advance(task, sent))})
+        answer = client.register(name, stacks, dry_run=dry_run)
+    typer.echo(json.dumps(answer, indent=2))
+
+
+@stacks_app.command("register")
+def register_stacks(
+    name: str,
+    objects: Annotated[
+        list[str], typer.Argument(metavar="URL@SHA256...", help="The domain's stacks in object storage, round 1 first.")
+    ],
+    url: UrlOption = None,
+    admin_key: AdminKeyOption = None,
+    config: ConfigOption = None,
+    dry_run: Annotated[bool, typer.Option(help="Fetch and check, but register nothing.")] = False,
+) -> None:
+    """Register stacks that the server fetches itself, from under its store.object_roots."""
+    from rich.console import Console
+
+    stacks = [_parse_object(text) for text in objects]
+    waiting = Console(stderr=True).status(f"{name}: the server fetches what it does not have")
+    with _told_plainly(), _client(url, config, admin_key=admin_key) as client, waiting:
+        answer = client.register(name, stacks, dry_run=dry_run)
     typer.echo(json.dumps(answer, indent=2))
 
 
@@ -270,6 +292,13 @@ def _parse_mix(entries: list[str]) -> dict[str, float]:
         except ValueError:
             _end_usage(f"a mix is DOMAIN=WEIGHT, got {entry!r}")
     return mix
+
+
+def _parse_object(text: str) -> dict[str, str]:
+    url, _, sha256 = text.rpartition("@")
+    if not url or not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        _end_usage("an object is URL@SHA256 with 64 lower-case hex digits at the end")  # the URL may hold a secret
+    return {"url": url, "sha256": sha256}
 
 
 def _parse_route(text: str) -> Any:

@@ -62,9 +62,9 @@ class ServerClient:
             self._call("PUT", f"/admin/blobs/{digest}", self._admin, content=_chunks(file.read, on_bytes))
         return digest
 
-    def register(self, name: str, digests: Sequence[str], *, dry_run: bool) -> Json:
-        """Registers uploaded stacks as a domain's rounds."""
-        body = {"stacks": [{"sha256": digest} for digest in digests], "dry_run": dry_run}
+    def register(self, name: str, stacks: Sequence[Mapping[str, str]], *, dry_run: bool) -> Json:
+        """Registers stacks as a domain's rounds: `sha256` of each, and `url` of those that were not uploaded."""
+        body = {"stacks": list(stacks), "dry_run": dry_run}
         return self._call("PUT", f"/admin/domains/{name}", self._admin, json=body)
 
     def remove(self, name: str) -> Json:

@@ -25,9 +25,10 @@ from router.router import Router
 from server.admission import Admission
 from server.app import create_app
 from server.catalog import Catalog, Versions
-from server.config import ServerSettings, Settings, demo_store_path
+from server.config import ServerSettings, Settings, StoreSettings, demo_store_path
 from server.demo_store import seed_store
 from server.domain_loader import DomainLoader
+from server.downloads import Downloads
 from server.errors import ConfigInvalid
 from server.gap_log import GapLog
 from server.live_router import LiveRouter, warn_of_stale_domains
@@ -40,6 +41,9 @@ from server.sources import Sources
 from server.store_admin import StoreAdmin
 from server.token_text import TokenText
 from stack_store.cache import ResidentCache
+from stack_store.downloads import Downloader
+from stack_store.errors import ObjectStorageInvalid
+from stack_store.object_storage import ObjectStorage
 from stack_store.registry import StackRegistry
 from stack_store.uploads import BlobStore
 
@@ -67,6 +71,7 @@ def compose_app(settings: Settings) -> FastAPI:
 
 def compose_app_for(base: Base, settings: Settings) -> FastAPI:
     """As `compose_app`, with a base that is loaded already."""
+    storage = _object_storage(settings.store)
     demo = demo_store_path()
     if settings.store.is_default_path and demo is not None:
         seed_store(settings.store.path, demo)
@@ -104,7 +109,8 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
     )
     uploads = BlobStore(settings.store.path / UPLOADS_FOLDER, max_bytes=settings.server.max_upload_bytes)
     sources = Sources(registry, uploads, import_root=settings.store.import_root)
-    store_admin = StoreAdmin(catalog, routing, sources, budget_bytes=budget_bytes)
+    downloads = Downloads(storage, Downloader(storage, uploads, metrics), sources)
+    store_admin = StoreAdmin(catalog, routing, sources, downloads, budget_bytes=budget_bytes)
     logger.info(
         "server composed model=%s store=%s domains=%s router=%s device_budget_bytes=%d threads=%d",
         service.served_name,
@@ -115,6 +121,13 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
         torch.get_num_threads(),
     )
     return create_app(service, store_admin, settings, workers=_one_threaded("worker", NUM_WORKERS))
+
+
+def _object_storage(settings: StoreSettings) -> ObjectStorage:
+    try:
+        return ObjectStorage(settings.object_roots, settings.object_options)
+    except ObjectStorageInvalid as error:
+        raise ConfigInvalid(f"store.object_roots, store.object_options: {error}") from error
 
 
 def _make_gap_log(settings: ServerSettings) -> GapLog | None:

@@ -18,11 +18,15 @@ from pydantic_settings import (
 )
 
 from server.errors import ConfigInvalid
+from stack_store.errors import ObjectStorageInvalid
+from stack_store.object_url import check_root
 
 ENV_PREFIX = "BRAINSTACKS_"
 ENV_DELIMITER = "__"
 
 MIB = 1024 * 1024
+
+SECRET_NAMES = ("key", "object_")  # parts of the names of settings whose values no message repeats
 
 
 class _Section(BaseModel):
@@ -90,8 +94,27 @@ class StoreSettings(_Section):
 
     path: Path = Field(default_factory=lambda: default_store_path())
     import_root: Path | None = Field(default=None, description="the only folder that admin calls may import files from")
+    object_roots: Annotated[list[str], NoDecode] = Field(
+        default=[], description="URLs under which admin calls may name objects; empty: none may be named"
+    )
+    object_options: dict[str, dict[str, Any]] = Field(
+        default={}, repr=False, description="by scheme, what fsspec's driver takes; credentials it finds itself"
+    )
     device_budget_bytes: int | None = Field(default=None, ge=1, description="default: a quarter of available memory")
     loader_threads: int = Field(default=2, ge=1, le=64)
+
+    @field_validator("object_roots", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("object_roots")
+    @classmethod
+    def _plain_roots(cls, roots: list[str]) -> list[str]:
+        try:
+            return [check_root(root) for root in roots]
+        except ObjectStorageInvalid as error:
+            raise ValueError(str(error)) from error
 
     @property
     def is_default_path(self) -> bool:
@@ -176,7 +199,8 @@ def _has_key(section: object, key: str) -> bool:
 def _describe(error: ValidationError) -> Iterator[str]:
     for fault in error.errors():
         name = ".".join(str(part) for part in fault["loc"])
-        shown = "" if fault["type"] == "extra_forbidden" or "key" in name else f", got {fault['input']!r}"
+        is_shown = fault["type"] != "extra_forbidden" and not any(secret in name for secret in SECRET_NAMES)
+        shown = f", got {fault['input']!r}" if is_shown else ""
         message = "unknown setting" if fault["type"] == "extra_forbidden" else fault["msg"]
         yield f"{name}: {message}{shown}"
 

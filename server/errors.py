@@ -12,6 +12,7 @@
         ├── InvalidKey              no key, or a wrong one
         ├── AdminDisabled           no admin key is configured
         ├── ImportDisabled          no import root is configured
+        ├── ObjectStorageDisabled   no root of object storage is configured
         ├── QueueFull               too many sequences wait already
         ├── RequestTimedOut         the answer took longer than a request may
         └── ClientGone              the client hung up; nobody reads the answer
@@ -80,6 +81,10 @@ class ImportDisabled(ApiError):
     """No import root is configured."""
 
 
+class ObjectStorageDisabled(ApiError):
+    """No root of object storage is configured."""
+
+
 class QueueFull(ApiError):
     """Too many sequences wait already."""
 
@@ -118,6 +123,7 @@ ERROR_TABLE: Mapping[type[Exception], Answer] = MappingProxyType(
         InvalidKey: Answer(401, "invalid_api_key"),
         AdminDisabled: Answer(403, "admin_disabled"),
         ImportDisabled: Answer(403, "import_disabled"),
+        ObjectStorageDisabled: Answer(403, "object_storage_disabled"),
         QueueFull: Answer(429, "queue_full", retry_after_seconds=1),
         RequestTimedOut: Answer(504, "request_timed_out", should_retry=False),
         ClientGone: Answer(499, "client_closed_request"),
@@ -146,6 +152,12 @@ ERROR_TABLE: Mapping[type[Exception], Answer] = MappingProxyType(
         store_errors.ImportRefused: Answer(400, "import_refused"),
         store_errors.UploadTooLarge: Answer(413, "upload_too_large"),
         store_errors.UploadNotFound: Answer(404, "upload_not_found"),
+        store_errors.ObjectStorageInvalid: INTERNAL,
+        store_errors.ObjectRefused: Answer(400, "object_refused"),
+        store_errors.ObjectNotFound: Answer(404, "object_not_found"),
+        store_errors.ObjectDenied: Answer(502, "object_denied", should_retry=False),
+        store_errors.ObjectUnavailable: Answer(502, "object_unavailable"),
+        store_errors.DownloadStopped: Answer(503, "shutting_down", retry_after_seconds=5),
         store_errors.CacheError: INTERNAL,
         store_errors.MixTooLarge: Answer(400, "mix_too_large"),
         store_errors.LoadFailed: Answer(503, "load_failed", retry_after_seconds=5),

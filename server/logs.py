@@ -9,6 +9,8 @@ from contextvars import ContextVar
 
 request_id_var: ContextVar[str] = ContextVar("request_id", default="-")
 
+SIGNING = ("botocore", "aiobotocore", "s3fs", "fsspec")  # at DEBUG they tell what requests are signed with
+
 FORMAT = "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"
 
 
@@ -26,5 +28,5 @@ def configure_logging(level: str) -> None:
     handler.setFormatter(logging.Formatter(FORMAT))
     handler.addFilter(RequestIdFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for chatty in ("httpx", "httpcore", "transformers", "urllib3", "asyncio"):
+    for chatty in ("httpx", "httpcore", "transformers", "urllib3", "asyncio", *SIGNING):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -48,7 +48,7 @@ class _CountedElsewhere(Collector):
 
 
 class ServerMetrics:
-    """Every metric of the server. Also the cache's observer."""
+    """Every metric of the server. Also the observer of the cache and of downloads."""
 
     def __init__(self, *, version: str, base: str) -> None:
         self.registry = CollectorRegistry()
@@ -72,6 +72,8 @@ class ServerMetrics:
         self.load_seconds = histogram("stack_load_seconds", "Time of one domain's load.", SLOW_BUCKETS, "source")
         self.load_bytes = counter("stack_load_bytes_total", "Bytes of the files that were read.", "source")
         self.load_failures = counter("stack_load_failures_total", "Loads that failed.", "source")
+        self.download_bytes = counter("object_download_bytes_total", "Bytes that came from object storage.")
+        self.download_failures = counter("object_download_failures_total", "Objects that could not be downloaded.")
         self.domain_selected = counter("domain_selected_total", "Prompts whose mix had the domain.", "domain")
         self.domain_weight = histogram(
             "domain_weight", "Weight of the domain where it was active.", WEIGHT_BUCKETS, "domain"
@@ -109,6 +111,12 @@ class ServerMetrics:
     def files_read(self, num_bytes: int) -> None:
         """A domain's files were read: their bytes, which are fewer than the domain has once it is resident."""
         self.load_bytes.labels(FILE_SOURCE).inc(num_bytes)
+
+    def downloaded(self, num_bytes: int) -> None:
+        self.download_bytes.inc(num_bytes)
+
+    def download_failed(self) -> None:
+        self.download_failures.inc()
 
     def lookup(self, hit: bool) -> None:
         self.cache_lookups.labels(DEVICE_TIER, "hit" if hit else "miss").inc()

@@ -1,4 +1,4 @@
-"""Finds the files that admin calls name: uploads by digest, imports by path. Knows places, not contents."""
+"""Finds the files that admin calls name: by path, or by the digest of what was up- or downloaded. Knows no contents."""
 
 import hashlib
 import os
@@ -25,6 +25,11 @@ class Sources:
         self._registry = registry
         self._import_root = import_root
 
+    def has(self, sha256: str) -> bool:
+        """Whether a file of this digest is among the uploads, or the store uses it."""
+        stored = (self._registered_stack(sha256), self._registered_router(sha256))
+        return self.uploads.has(sha256) or any(path is not None and path.is_file() for path in stored)
+
     def open(self, source: FileSource, opened: ExitStack) -> BufferedReader:
         """A file that stays what it is while it is read, open until `opened` closes. Its name is the caller's own."""
         if source.sha256 is None:
@@ -36,11 +41,10 @@ class Sources:
         try:
             return self.uploads.blob_path(sha256)
         except UploadNotFound:  # an upload is removed once it is registered; the same call again must still succeed
-            for domain in self._registry.manifest.domains:
-                for stack in domain.stacks:
-                    if stack.digest == sha256:
-                        return self._registry.stack_path(stack)
-            raise
+            path = self._registered_stack(sha256)
+            if path is None:
+                raise
+            return path
 
     @contextmanager
     def router_file(self, source: FileSource) -> Iterator[Path]:
@@ -61,10 +65,21 @@ class Sources:
         try:
             return self.uploads.blob_path(sha256)
         except UploadNotFound:  # as for stacks: the same call again must still succeed
-            router, path = self._registry.manifest.router, self._registry.router_path()
-            if router is None or path is None or router.digest != sha256:
+            path = self._registered_router(sha256)
+            if path is None:
                 raise
             return path
+
+    def _registered_stack(self, sha256: str) -> Path | None:
+        for domain in self._registry.manifest.domains:
+            for stack in domain.stacks:
+                if stack.digest == sha256:
+                    return self._registry.stack_path(stack)
+        return None
+
+    def _registered_router(self, sha256: str) -> Path | None:
+        router = self._registry.manifest.router
+        return None if router is None or router.digest != sha256 else self._registry.path / router.file
 
     def _adopt(self, source: FileSource) -> str:
         with self._open_import(source) as file:

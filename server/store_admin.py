@@ -18,6 +18,7 @@ from typing import Any
 from router.errors import RouterError
 from server.admin_schemas import FileSource
 from server.catalog import Catalog
+from server.downloads import Downloads
 from server.live_router import stale_domains, warn_of_stale_domains
 from server.ports import RouterPort
 from server.routing import Routing
@@ -35,8 +36,11 @@ Json = dict[str, Any]
 class StoreAdmin:
     """What the admin routes call."""
 
-    def __init__(self, catalog: Catalog, routing: Routing, sources: Sources, *, budget_bytes: int) -> None:
+    def __init__(
+        self, catalog: Catalog, routing: Routing, sources: Sources, downloads: Downloads, *, budget_bytes: int
+    ) -> None:
         self.sources = sources
+        self._downloads = downloads
         self._catalog = catalog
         self._registry = catalog.registry
         self._cache = catalog.cache
@@ -72,6 +76,7 @@ class StoreAdmin:
         self, name: str, sources: Sequence[FileSource], *, dry_run: bool, expected_generation: int | None
     ) -> tuple[Json, bool]:
         """Verifies, copies and switches: what is registered now, and whether it is new. Refusals change nothing."""
+        await self._downloads.fetch(sources)  # before the lock, so that other changes need not wait for it
         async with self._changing:
             registration = await asyncio.to_thread(
                 self._register, name, sources, dry_run=dry_run, expected_generation=expected_generation
@@ -118,6 +123,7 @@ class StoreAdmin:
 
     async def set_router(self, source: FileSource, *, expected_generation: int | None) -> Json:
         """Checks a router file, makes it the store's router and the live one. Refusals change nothing."""
+        await self._downloads.fetch([source])
         async with self._changing:
             router = await asyncio.to_thread(self._install_router, source, expected_generation)
             self._routing.swap(router)
@@ -126,6 +132,7 @@ class StoreAdmin:
 
     async def close(self) -> None:
         """Waits for nothing: what is still leased when the server ends is tidied at its next start."""
+        self._downloads.close()
         for retirement in self._retirements:
             retirement.cancel()
         await asyncio.gather(*self._retirements, return_exceptions=True)

@@ -15,6 +15,12 @@ StoreError
 ├── ImportRefused         a path that the import root does not contain
 ├── UploadTooLarge        more bytes than an upload may have
 ├── UploadNotFound        no upload of that digest
+├── ObjectStorageInvalid  a root or an option that no driver takes; the settings are wrong
+├── ObjectRefused         a URL that is not plainly under a root
+├── ObjectNotFound        nothing is stored under that URL
+├── ObjectDenied          the storage does not let us read it
+├── ObjectUnavailable     the storage can't be reached, or broke off
+├── DownloadStopped       the server ends before the object is here
 └── CacheError
     ├── MixTooLarge       a mix that could never be resident at once
     ├── LoadFailed        a domain of the mix could not be loaded
@@ -82,6 +88,30 @@ class UploadTooLarge(StoreError):
 
 
 class UploadNotFound(StoreError):
+    pass
+
+
+class ObjectStorageInvalid(StoreError):
+    pass
+
+
+class ObjectRefused(StoreError):
+    pass
+
+
+class ObjectNotFound(StoreError):
+    pass
+
+
+class ObjectDenied(StoreError):
+    pass
+
+
+class ObjectUnavailable(StoreError):
+    pass
+
+
+class DownloadStopped(StoreError):
     pass
 
 

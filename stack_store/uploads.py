@@ -1,6 +1,8 @@
-"""Keeps uploaded files until they are registered. Knows bytes and their digests, not what they mean."""
+"""Keeps uploaded and downloaded files until they are registered. Knows bytes and their digests, not what they mean."""
 
 import hashlib
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -9,6 +11,9 @@ from stack_store.atomic import TEMPORARY_SUFFIX, StagedFile, make_folder
 from stack_store.errors import DigestMismatch, UploadNotFound, UploadTooLarge
 from stack_store.locks import FolderShare
 from stack_store.manifest import DIGEST
+from stack_store.partial_file import PARTIAL_SUFFIX, PartialFile
+
+PARTIAL_KEPT_SECONDS = 7 * 24 * 3600
 
 
 class BlobWriter:
@@ -56,18 +61,33 @@ class BlobStore:
     """Uploads by digest, each at most max_bytes long. Thread-safe."""
 
     def __init__(self, path: Path, *, max_bytes: int) -> None:
-        """Makes the folder. Removes what interrupted uploads left, if no other process receives uploads there."""
+        """Makes the folder. Removes what interrupted uploads left, if no other process receives uploads there.
+
+        What interrupted downloads left is kept for a week, because the next attempt goes on with it.
+        """
+        self.max_bytes = max_bytes
         self._path = path
-        self._max_bytes = max_bytes
         make_folder(path)
         self._share = FolderShare(path, when_alone=self._remove_unfinished)
 
     def receive(self, sha256: str) -> BlobWriter:
-        return BlobWriter(self._blob(sha256), digest=sha256, max_bytes=self._max_bytes)
+        return BlobWriter(self._blob(sha256), digest=sha256, max_bytes=self.max_bytes)
+
+    def resume(self, sha256: str, *, wait: Callable[[float], None]) -> PartialFile:
+        """What earlier downloads of this digest left, or nothing yet; `wait` as in PartialFile."""
+        blob = self._blob(sha256)
+        return PartialFile(blob.with_name(blob.name + PARTIAL_SUFFIX), wait=wait)
+
+    def complete(self, partial: PartialFile, sha256: str) -> None:
+        """The download is an upload now. Raises DigestMismatch, keeping nothing, for other bytes than were promised."""
+        partial.commit(self._blob(sha256), digest=sha256)
+
+    def has(self, sha256: str) -> bool:
+        return self._blob(sha256).is_file()
 
     def blob_path(self, sha256: str) -> Path:
         """Raises UploadNotFound unless the whole upload is there."""
-        if not self._blob(sha256).is_file():
+        if not self.has(sha256):
             raise UploadNotFound(f"no upload has the digest {sha256}")
         return self._blob(sha256)
 
@@ -87,3 +107,6 @@ class BlobStore:
     def _remove_unfinished(self) -> None:
         for path in self._path.glob(f".*{TEMPORARY_SUFFIX}"):
             path.unlink(missing_ok=True)
+        for path in self._path.glob(f"*{PARTIAL_SUFFIX}"):
+            if time.time() - path.stat().st_mtime > PARTIAL_KEPT_SECONDS:
+                path.unlink(missing_ok=True)

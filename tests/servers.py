@@ -41,6 +41,7 @@ from server.app import create_app
 from server.catalog import Catalog, Versions
 from server.config import load_settings
 from server.domain_loader import DomainLoader
+from server.downloads import Downloads
 from server.gap_log import GapLog
 from server.metrics import ServerMetrics
 from server.prompts import PromptReader
@@ -50,6 +51,8 @@ from server.sources import Sources
 from server.store_admin import StoreAdmin
 from server.token_text import TokenText
 from stack_store.cache import ResidentCache
+from stack_store.downloads import CHUNK_BYTES, Downloader
+from stack_store.object_storage import ObjectStorage
 from stack_store.registry import StackRegistry
 from stack_store.uploads import BlobStore
 from tests.fakes import tiny_geometry, tiny_header, write_random_stack
@@ -280,6 +283,20 @@ def make_store(path: Path, sources: Path, domains: tuple[str, ...] = ("chat", "c
     return registry
 
 
+def make_downloads(
+    sources: Sources,
+    metrics: ServerMetrics,
+    storage: ObjectStorage | None = None,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Downloads:
+    """Of no roots unless a storage is given, and quick to try again."""
+    storage = storage or ObjectStorage([], {})
+    backoff = (0.01, 0.01)
+    downloader = Downloader(storage, sources.uploads, metrics, chunk_bytes=chunk_bytes, backoff_seconds=backoff)
+    return Downloads(storage, downloader, sources)
+
+
 @contextmanager
 def run_live_server(
     folder: Path,
@@ -289,10 +306,16 @@ def run_live_server(
     has_router: bool = True,
     has_import_root: bool = True,
     answer: str = ANSWER,
+    download_chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[LiveServer]:
     """The app on a port of its own, with room for so many of its equal domains."""
-    chosen = load_settings(flags={**(settings or {}), "store": {"path": folder / "store"}})
-    registry = make_store(folder / "store", folder / "import")
+    given = settings or {}
+    chosen = load_settings(flags={**given, "store": {**given.get("store", {}), "path": folder / "store"}})
+    storage = ObjectStorage(chosen.store.object_roots, chosen.store.object_options)
+    if not StackRegistry.is_unborn(folder / "store"):
+        registry = StackRegistry.open(folder / "store", base_fingerprint=BASE, geometry=tiny_geometry())
+    else:
+        registry = make_store(folder / "store", folder / "import")
     tokenizer = byte_tokenizer()
     engine, router = ScriptedEngine(tokenizer, answer=answer), ScriptedRouter()
     metrics, versions, may_load = ServerMetrics(version="0", base=BASE), Versions(), threading.Event()
@@ -327,7 +350,8 @@ def run_live_server(
     )
     blobs = BlobStore(folder / "store" / "uploads", max_bytes=chosen.server.max_upload_bytes)
     sources = Sources(registry, blobs, import_root=folder / "import" if has_import_root else None)
-    store_admin = StoreAdmin(catalog, routing, sources, budget_bytes=budget_bytes)
+    downloads = make_downloads(sources, metrics, storage, chunk_bytes=download_chunk_bytes)
+    store_admin = StoreAdmin(catalog, routing, sources, downloads, budget_bytes=budget_bytes)
     with serve_app(create_app(service, store_admin, chosen)) as url:
         yield LiveServer(url, engine, router, service, registry, cache, folder / "import", may_load, routers)
         may_load.set()

@@ -18,6 +18,7 @@ from router.errors import CheckpointInvalid
 from server.access import AdminRoute, ApiRoute
 from server.admin_schemas import FileSource
 from server.catalog import Catalog, Versions
+from server.metrics import ServerMetrics
 from server.ports import RouterPort
 from server.routes import admin, openai
 from server.routing import Routing
@@ -33,6 +34,7 @@ from tests.servers import (
     WAIT_SECONDS,
     LiveServer,
     ScriptedRouter,
+    make_downloads,
     make_store,
     run_live_server,
     wait_until,
@@ -450,9 +452,9 @@ def test_live_router_is_the_one_that_was_written_last(tmp_path: Path) -> None:
         cache = ResidentCache[ResidentDomain](budget_bytes=1, load=load_nothing)
         catalog = Catalog(registry, cache, Versions(), dtype=torch.float32)
         blobs = BlobStore(tmp_path / "store" / "uploads", max_bytes=10**6)
-        store_admin = StoreAdmin(
-            catalog, routing, Sources(registry, blobs, import_root=tmp_path / "import"), budget_bytes=1
-        )
+        sources = Sources(registry, blobs, import_root=tmp_path / "import")
+        downloads = make_downloads(sources, ServerMetrics(version="0", base="tiny"))
+        store_admin = StoreAdmin(catalog, routing, sources, downloads, budget_bytes=1)
         await asyncio.gather(
             *(
                 store_admin.set_router(FileSource(path=f"{domain}.safetensors"), expected_generation=None)

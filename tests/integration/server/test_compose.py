@@ -200,3 +200,10 @@ def test_engine_settings_that_make_no_sense_are_named(tmp_path: Path, base: Base
 def test_context_is_no_longer_than_the_base_knows(tmp_path: Path, base: Base) -> None:
     app = compose_app_for(base, settings_for(tmp_path, max_model_len=100_000, kv_cache_tokens=100_000))
     assert app.state.service.engine.max_model_len == base.max_positions
+
+
+def test_object_settings_that_no_driver_takes_are_named(tmp_path: Path, base: Base) -> None:
+    settings = settings_for(tmp_path)
+    store = settings.store.model_copy(update={"object_roots": ["nosuch://x/"]})
+    with pytest.raises(ConfigInvalid, match=r"store\.object_roots.*'nosuch': fsspec knows no such scheme"):
+        compose_app_for(base, settings.model_copy(update={"store": store}))

@@ -84,3 +84,11 @@ def test_report_is_one_line() -> None:
     report = {"mix": {"chat": 0.2, "math": 0.93}, "cold": ["math"], "scores": {"math": 0.93, "chat": 0.01}}
     assert describe_report(report) == "mix math=0.93 chat=0.20  cold math  scores math=0.93 chat=0.01"
     assert describe_report({"mix": {}}) == "mix base only"
+
+
+@pytest.mark.parametrize("text", ["s3://b/law", "s3://KEY:SECRET@b/law", f"@{'0' * 64}", f"s3://b/law@{'0' * 63}"])
+def test_object_without_digest_is_refused_before_anything_is_asked(text: str) -> None:
+    result = runner.invoke(app, ["stacks", "register", "law", text])
+    assert result.exit_code == 2
+    assert "an object is URL@SHA256" in result.stderr
+    assert "SECRET" not in result.stderr

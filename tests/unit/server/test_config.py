@@ -118,3 +118,29 @@ def test_settings_are_frozen() -> None:
     settings = load_settings()
     with pytest.raises(ValidationError):
         settings.server.port = 1
+
+
+def test_object_roots_are_separated_by_commas_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRAINSTACKS_STORE__OBJECT_ROOTS", "s3://a/b, file:///mnt/")
+    monkeypatch.setenv("BRAINSTACKS_STORE__OBJECT_OPTIONS", '{"s3": {"anon": true}}')
+    store = load_settings().store
+    assert store.object_roots == ["s3://a/b/", "file:///mnt/"]
+    assert store.object_options == {"s3": {"anon": True}}
+
+
+def test_object_storage_is_off_by_default() -> None:
+    assert (load_settings().store.object_roots, load_settings().store.object_options) == ([], {})
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('object_roots = ["s3://KEY:SECRET@a/"]', "store.object_roots: .*contains credentials"),
+        ('object_roots = ["/mnt"]', "store.object_roots: .*root '/mnt' must be SCHEME://PLACE/NAME"),
+        ('object_options = { s3 = "SECRET" }', "store.object_options.s3: "),
+    ],
+)
+def test_bad_object_setting_is_named_without_secrets(tmp_path: Path, text: str, named: str) -> None:
+    with pytest.raises(ConfigInvalid, match=named) as error:
+        load_settings(toml(tmp_path, f"[store]\n{text}\n"))
+    assert "SECRET" not in str(error.value)

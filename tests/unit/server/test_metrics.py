@@ -49,3 +49,14 @@ def test_tokens_that_come_together_share_the_gap() -> None:
     assert sample("brainstacks_time_to_first_token_seconds_count") == 1
     assert sample("brainstacks_inter_token_seconds_count") == 2
     assert sample("brainstacks_inter_token_seconds_sum") == 1.0
+
+
+def test_downloads_are_counted_from_zero() -> None:
+    metrics = ServerMetrics(version="1", base="tiny")
+    sample = metrics.registry.get_sample_value
+    assert sample("brainstacks_object_download_failures_total") == 0
+    metrics.downloaded(100)
+    metrics.downloaded(50)
+    metrics.download_failed()
+    assert sample("brainstacks_object_download_bytes_total") == 150
+    assert sample("brainstacks_object_download_failures_total") == 1
