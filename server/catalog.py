@@ -15,7 +15,7 @@ import torch
 from engine.slots import ResidentDomain
 from server.mixes import MixChoice
 from stack_store.cache import Lease, ResidentCache, Want, release_when_granted
-from stack_store.errors import DomainNotFound, LoadFailed, MixTooLarge, StoreError
+from stack_store.errors import DomainNotFound, LeaseTimedOut, LoadFailed, MixTooLarge, StoreError
 from stack_store.manifest import DomainEntry
 from stack_store.registry import StackRegistry
 
@@ -70,7 +70,9 @@ class Catalog:
         versions: Versions,
         *,
         dtype: torch.dtype,
+        lease_timeout_seconds: float,
     ) -> None:
+        self._lease_timeout_seconds = lease_timeout_seconds
         self.registry = registry
         self.cache = cache
         self.versions = versions
@@ -78,7 +80,7 @@ class Catalog:
 
     def names(self) -> list[str]:
         """Registered domains in the order of the manifest."""
-        return [entry.name for entry in self.registry.manifest.domains]
+        return list(self.registry.by_name)
 
     def want(self, entry: DomainEntry) -> Want:
         """What the cache is asked for. Reads stack headers at the first time; LoadFailed if they cannot be read."""
@@ -108,7 +110,7 @@ class Catalog:
 
         A router may know domains that are not registered here; these are left out.
         """
-        known = self.names()
+        known = self.registry.by_name
         for name in choice.expected:
             if name not in known:
                 raise DomainNotFound(
@@ -129,7 +131,7 @@ class Catalog:
 
         What cannot be loaded is left to the lease, which says so.
         """
-        registered = {entry.name: entry for entry in self.registry.manifest.domains}
+        registered = self.registry.by_name
         futures: list[Future[Lease[ResidentDomain]]] = []
         try:
             for name in dict.fromkeys(names):
@@ -145,7 +147,8 @@ class Catalog:
         """Waits until every domain is resident. Cancelling gives everything back.
 
         An adaptable mix, one that the router made, loses its lowest weights until it fits and any domain that was
-        deleted meanwhile. Otherwise MixTooLarge and DomainNotFound are raised. LoadFailed in both cases.
+        deleted meanwhile. Otherwise MixTooLarge and DomainNotFound are raised. LoadFailed and LeaseTimedOut in both
+        cases; a load that took too long goes on, for whoever asks next.
         """
         active, dropped = dict(weights), dict[str, float]()
         while True:
@@ -154,7 +157,10 @@ class Catalog:
                 return LeasedMix(dropped=dropped)
             try:
                 wants = [self.want(entry) for entry in entries]
-                lease = await claim_lease(self.cache.lease(wants))
+                lease = await claim_lease(self.cache.lease(wants), timeout_seconds=self._lease_timeout_seconds)
+            except TimeoutError:
+                seconds = self._lease_timeout_seconds
+                raise LeaseTimedOut(f"the mix {sorted(active)} was not resident within {seconds:g} seconds") from None
             except MixTooLarge:
                 if not adaptable:
                     raise
@@ -171,20 +177,21 @@ class Catalog:
             return LeasedMix(mix, {domain.name: weight for domain, weight in mix}, cold, dropped, lease)
 
     def _entries(self, weights: Mapping[str, float], *, adaptable: bool) -> list[DomainEntry]:
-        registered = {entry.name: entry for entry in self.registry.manifest.domains}
+        registered = self.registry.by_name
         missing = [name for name in weights if name not in registered]
         if missing and not adaptable:
             raise DomainNotFound(f"domain {missing[0]!r} was deleted before its lease was granted")
         return [registered[name] for name in weights if name in registered]
 
     def _is_current(self, entry: DomainEntry) -> bool:
-        return entry in self.registry.manifest.domains
+        return self.registry.by_name.get(entry.name) == entry
 
 
-async def claim_lease(future: Future[Lease[ResidentDomain]]) -> Lease[ResidentDomain]:
-    """Waits for a lease; one that is granted to a caller who has gone is released at once."""
+async def claim_lease(future: Future[Lease[ResidentDomain]], *, timeout_seconds: float) -> Lease[ResidentDomain]:
+    """Waits for a lease; one that is granted to a caller who has gone is released at once. Raises TimeoutError."""
     try:
-        return await asyncio.wrap_future(future)
-    except asyncio.CancelledError:
+        async with asyncio.timeout(timeout_seconds):
+            return await asyncio.wrap_future(future)
+    except (asyncio.CancelledError, TimeoutError):
         release_when_granted(future)
         raise

@@ -90,7 +90,9 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
         executor=_one_threaded("stack-loader", settings.store.loader_threads),
     )
     metrics.cache_budget.labels("device").set(budget_bytes)
-    catalog = Catalog(registry, cache, versions, dtype=base.dtype)
+    catalog = Catalog(
+        registry, cache, versions, dtype=base.dtype, lease_timeout_seconds=settings.store.lease_timeout_seconds
+    )
     catalog.read_headers()
     _require_room(budget_bytes, catalog)
     routing = _make_routing(engine, base, registry)

@@ -102,6 +102,7 @@ class StoreSettings(_Section):
     )
     device_budget_bytes: int | None = Field(default=None, ge=1, description="default: a quarter of available memory")
     loader_threads: int = Field(default=2, ge=1, le=64)
+    lease_timeout_seconds: float = Field(default=60.0, gt=0, description="how long a request waits for its mix")
 
     @field_validator("object_roots", mode="before")
     @classmethod

@@ -161,6 +161,7 @@ ERROR_TABLE: Mapping[type[Exception], Answer] = MappingProxyType(
         store_errors.CacheError: INTERNAL,
         store_errors.MixTooLarge: Answer(400, "mix_too_large"),
         store_errors.LoadFailed: Answer(503, "load_failed", retry_after_seconds=5),
+        store_errors.LeaseTimedOut: Answer(503, "lease_timed_out", retry_after_seconds=5),
         store_errors.CacheClosed: Answer(503, "shutting_down", retry_after_seconds=5),
     }
 )

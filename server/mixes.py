@@ -3,7 +3,7 @@
 A model name may fix the mix: `<name>:base` is the base alone, `<name>:<domain>` that domain at weight 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,7 +23,7 @@ class MixChoice:
 
 
 def choose_mix(
-    *, model: str | None, extension: MixRequest | None, served_name: str, domains: Sequence[str]
+    *, model: str | None, extension: MixRequest | None, served_name: str, domains: Container[str]
 ) -> MixChoice:
     """What model name and extension ask for together. ModelNotFound or InvalidRequest if they make no sense."""
     suffix = _suffix(model, served_name)

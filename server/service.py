@@ -71,7 +71,7 @@ class Service:
 
     def choose(self, model: str | None, extension: MixRequest | None) -> MixChoice:
         """Who decides the mix. ModelNotFound, DomainNotFound or InvalidRequest by name."""
-        domains = self.catalog.names()
+        domains = self.catalog.registry.by_name
         choice = choose_mix(model=model, extension=extension, served_name=self.served_name, domains=domains)
         self.catalog.weights_of(choice, {})  # names an unknown domain before anything is spent on the request
         return choice

@@ -24,6 +24,7 @@ StoreError
 └── CacheError
     ├── MixTooLarge       a mix that could never be resident at once
     ├── LoadFailed        a domain of the mix could not be loaded
+    ├── LeaseTimedOut     the mix was not resident in time
     └── CacheClosed       the cache was closed before the lease was granted
 """
 
@@ -124,6 +125,10 @@ class MixTooLarge(CacheError):
 
 
 class LoadFailed(CacheError):
+    pass
+
+
+class LeaseTimedOut(CacheError):
     pass
 
 

@@ -17,6 +17,7 @@ safetensors lays tensors out by dtype, then by name, so a bf16 file lies on disk
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader, BufferedWriter
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stack_store.atomic import replace_file
-from stack_store.errors import DigestMismatch
+from stack_store.errors import DigestMismatch, StackInvalid
 from stack_store.header import FORMAT_VERSION as FORMAT_VERSION
 from stack_store.header import INPUT_GROUPS as INPUT_GROUPS
 from stack_store.header import PROJECTIONS as PROJECTIONS
@@ -202,6 +203,22 @@ def read_header(path: Path) -> StackHeader:
     """The header of the stack at `path`, after checking it against the tensors' names, shapes and dtypes."""
     with path.open("rb") as file:
         return OpenStack(file, name=str(path)).header
+
+
+def read_verified_header(path: Path, *, num_bytes: int) -> StackHeader:
+    """The header of a stack file of known length that was verified before: a tenth of the time of `read_header`.
+
+    Its tensors are not looked at; whoever reads them checks them. Raises StackInvalid or OSError.
+    """
+    with path.open("rb") as file:
+        actual = os.fstat(file.fileno()).st_size
+        if actual != num_bytes:
+            raise StackInvalid(f"{path}: has {actual} bytes, not {num_bytes}")
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        try:
+            return from_metadata(json.loads(file.read(min(length, num_bytes)))["__metadata__"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StackInvalid(f"{path}: its header cannot be read: {error}") from error
 
 
 def read_stack(path: Path, *, expected_digest: str | None = None, dtype: torch.dtype = torch.bfloat16) -> Stack:

@@ -8,7 +8,7 @@ a share of its `domains` folder; the first to open it removes what a crash left,
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -26,7 +26,7 @@ from stack_store.errors import (
     StoreExists,
     StoreNotFound,
 )
-from stack_store.format import Geometry, OpenStack, StackHeader, read_header, resident_bytes
+from stack_store.format import Geometry, OpenStack, StackHeader, read_verified_header, resident_bytes
 from stack_store.locks import FolderShare, exclusive_folder
 from stack_store.manifest import (
     FORMAT_VERSION,
@@ -86,6 +86,7 @@ class StackRegistry:
         self._headers: dict[str, StackHeader] = {}
         self._share = FolderShare(path / "domains", when_alone=self._remove_leftovers)
         self._manifest = read_manifest(path / MANIFEST)
+        self._names: tuple[Manifest | None, Mapping[str, DomainEntry]] = None, {}
 
     @classmethod
     def create(cls, path: Path, *, base_fingerprint: str, geometry: Geometry) -> "StackRegistry":
@@ -130,8 +131,21 @@ class StackRegistry:
         """The store as this process last saw it; every write looks again."""
         return self._manifest
 
+    @property
+    def by_name(self) -> Mapping[str, DomainEntry]:
+        """The domains of `manifest`, in its order. Built once for each manifest, because every request asks."""
+        manifest, names = self._names
+        if manifest is not self._manifest:
+            manifest = self._manifest
+            names = {domain.name: domain for domain in manifest.domains}
+            self._names = manifest, names
+        return names
+
     def domain(self, name: str) -> DomainEntry:
-        return _require_domain(self._manifest, name)
+        """Raises DomainNotFound."""
+        if (entry := self.by_name.get(name)) is None:
+            raise DomainNotFound(f"the store has no domain {name!r}")
+        return entry
 
     def stack_path(self, entry: StackEntry) -> Path:
         return self.path / entry.file
@@ -143,7 +157,7 @@ class StackRegistry:
     def header(self, entry: StackEntry) -> StackHeader:
         """Read once per digest."""
         if entry.digest not in self._headers:
-            self._headers[entry.digest] = read_header(self.stack_path(entry))
+            self._headers[entry.digest] = read_verified_header(self.stack_path(entry), num_bytes=entry.bytes)
         return self._headers[entry.digest]
 
     def resident_bytes(self, domain: DomainEntry, dtype: torch.dtype) -> int:

@@ -54,14 +54,11 @@ class Residents(Generic[V]):
     ) -> None:
         self.budget_bytes = budget_bytes
         self.by_key: dict[str, Resident[V]] = {}
+        self.claimed_bytes = 0
         self._unload = unload
         self._evicted = evicted
         self._clock = clock
         self._idle: LRUCache[str, Resident[V]] = LRUCache(budget_bytes, getsizeof=lambda resident: resident.bytes)
-
-    @property
-    def claimed_bytes(self) -> int:
-        return sum(resident.bytes for resident in self.by_key.values())
 
     def is_loaded(self, key: str) -> bool:
         return key in self.by_key and self.by_key[key].loaded is not None
@@ -86,6 +83,7 @@ class Residents(Generic[V]):
         self._evict_for(sum(want.bytes for want in missing))
         for want in missing:
             self.by_key[want.key] = Resident(want.key, want.bytes, last_used=self._clock(), holds=1)
+            self.claimed_bytes += want.bytes
         return [want.key for want in missing]
 
     def unhold(self, wants: Sequence[Want]) -> None:
@@ -106,6 +104,7 @@ class Residents(Generic[V]):
         """Ends the claim of a key that nobody holds, and gives its value to `unload`. Returns the bytes."""
         self._idle.pop(key, None)
         resident = self.by_key.pop(key)
+        self.claimed_bytes -= resident.bytes
         assert resident.holds == 0, f"{key} has {resident.holds} holds"
         if resident.loaded is not None:
             self._unload(resident.value)
@@ -115,7 +114,9 @@ class Residents(Generic[V]):
         return list(self._idle)
 
     def check_integrity(self) -> None:
-        assert self.claimed_bytes <= self.budget_bytes, f"{self.claimed_bytes} of {self.budget_bytes} bytes are claimed"
+        claimed = sum(resident.bytes for resident in self.by_key.values())
+        assert claimed <= self.budget_bytes, f"{claimed} of {self.budget_bytes} bytes are claimed"
+        assert claimed == self.claimed_bytes, f"{claimed} bytes are claimed, {self.claimed_bytes} are counted"
         idle = {key for key, resident in self.by_key.items() if resident.loaded is not None and resident.holds == 0}
         assert set(self._idle) == idle, f"idle are {idle}, listed as idle {set(self._idle)}"
         idle_bytes = sum(self.by_key[key].bytes for key in idle)

@@ -330,7 +330,9 @@ def run_live_server(
     one_domain = registry.resident_bytes(registry.manifest.domains[0], torch.float32)
     budget_bytes = int(one_domain * budget_domains)
     cache = ResidentCache[ResidentDomain](budget_bytes=budget_bytes, load=load, observer=metrics)
-    catalog = Catalog(registry, cache, versions, dtype=torch.float32)
+    catalog = Catalog(
+        registry, cache, versions, dtype=torch.float32, lease_timeout_seconds=chosen.store.lease_timeout_seconds
+    )
     routers: dict[str, ScriptedRouter] = {}
     routing = Routing(
         engine.run_on_device,

@@ -450,7 +450,7 @@ def test_live_router_is_the_one_that_was_written_last(tmp_path: Path) -> None:
         submit: Any = None
         routing = WatchedRouting(submit, load_router=load, router=None)
         cache = ResidentCache[ResidentDomain](budget_bytes=1, load=load_nothing)
-        catalog = Catalog(registry, cache, Versions(), dtype=torch.float32)
+        catalog = Catalog(registry, cache, Versions(), dtype=torch.float32, lease_timeout_seconds=60)
         blobs = BlobStore(tmp_path / "store" / "uploads", max_bytes=10**6)
         sources = Sources(registry, blobs, import_root=tmp_path / "import")
         downloads = make_downloads(sources, ServerMetrics(version="0", base="tiny"))

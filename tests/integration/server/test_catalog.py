@@ -25,7 +25,7 @@ class Shop:
         self.registry: StackRegistry = make_store(folder / "store", self.sources)
         self.versions, self.executor = Versions(), ManualExecutor()
         self.cache = ResidentCache[ResidentDomain](budget_bytes=10**9, load=self._load, executor=self.executor)
-        self.catalog = Catalog(self.registry, self.cache, self.versions, dtype=torch.float32)
+        self.catalog = Catalog(self.registry, self.cache, self.versions, dtype=torch.float32, lease_timeout_seconds=60)
 
     def _load(self, key: str) -> ResidentDomain:
         return load_domain(self.registry, self.versions.entry(key), dtype=torch.float32, device=CPU)

@@ -212,3 +212,23 @@ def test_gap_selection_and_weight_are_counted(server: LiveServer) -> None:
     assert server.metric("brainstacks_capability_gap_total") == 1
     assert server.metric("brainstacks_domain_selected_total", domain="chat") == 2
     assert server.metric("brainstacks_domain_weight_sum", domain="math") == pytest.approx(0.9)
+
+
+def test_a_load_that_takes_too_long_fails_only_those_that_wait_for_it_and_heals(tmp_path: Path) -> None:
+    settings = {"store": {"lease_timeout_seconds": 0.3}}
+    with run_live_server(tmp_path, settings=settings) as server:
+        assert server.chat(model="tiny:chat").status_code == 200
+        server.may_load.clear()
+        with ThreadPoolExecutor(2) as pool:
+            late = [pool.submit(server.chat, model="tiny:math") for _ in range(2)]
+            assert server.chat(model="tiny:chat").status_code == 200
+            assert server.chat(model="tiny:base").status_code == 200
+        for response in (future.result() for future in late):
+            assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+            assert response.json()["error"]["code"] == "lease_timed_out"
+            assert "['math'] was not resident within 0.3 seconds" in response.json()["error"]["message"]
+        server.may_load.set()
+        wait_until(lambda: is_resident(server, "math"), what="the load went on")
+        assert server.chat(model="tiny:math").status_code == 200
+        assert server.cache.snapshot().leased_bytes == 0
+        server.cache.check_integrity()

@@ -85,7 +85,7 @@ def test_lease_granted_in_the_instant_of_cancelling_is_released() -> None:
 
     async def cancel_when_granted(grant_first: bool) -> None:
         future: Any = Future()
-        task = asyncio.create_task(claim_lease(future))
+        task = asyncio.create_task(claim_lease(future, timeout_seconds=60))
         await asyncio.sleep(0)
         if grant_first:
             future.set_result(Lease())
