@@ -148,7 +148,7 @@ def identify_base(spec: str | None = None, *, cache_dir: Path | None = None) -> 
         config = AutoConfig.from_pretrained(source.location)
         tokenizer = AutoTokenizer.from_pretrained(source.location)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise BaseUnsupported(f"base {source.location!r} cannot be identified: {error}") from error
     return BaseIdentity(
