@@ -3,6 +3,8 @@
 import hashlib
 import os
 import pickle
+import struct
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,9 +15,12 @@ from server.errors import ReferenceRefused
 from stack_store.errors import ImportRefused
 from stack_store.import_path import open_import, resolve_import
 
-# All that torch.load was seen to raise, or raises by its source, for bytes that are no archive of plain tensors.
+# What torch.load was seen to raise for damaged archives and for other files.
 ARCHIVE_FAULTS = (
     pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    MemoryError,
     RuntimeError,
     EOFError,
     ValueError,
@@ -74,7 +79,9 @@ class PublishedFolder:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             try:
-                return Archive(torch.load(file, map_location="cpu", weights_only=True), digest)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of unusual pickles: what they hold is checked, value by value
+                    return Archive(torch.load(file, map_location="cpu", weights_only=True), digest)
             except ARCHIVE_FAULTS as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise ReferenceRefused(f"{path} is not a torch archive of plain tensors: {reason}") from error

@@ -71,7 +71,7 @@ def read_published_stack(file: str, content: object, geometry: Geometry) -> Publ
 
 
 def _keys_by_site(file: str, present: set[object], geometry: Geometry) -> Keys:
-    """The keys of every projection, in order. ReferenceRefused for a foreign or repeated key and an absent projection."""
+    """The keys of every projection, in order. ReferenceRefused for a foreign or repeated key or none of a site."""
     keys: Keys = {(layer, name): {} for layer in range(geometry.num_layers) for name in PROJECTIONS}
     for key in sorted(present, key=str):
         layer, projection, parameter = _parse(file, key)
