@@ -174,7 +174,9 @@ def test_imported_router_gives_the_published_scores_and_mix(
     assert path is not None
     checkpoint = RouterCheckpoint.load(path, base_fingerprint=base.fingerprint)
     router = Router.from_checkpoint(
-        checkpoint, tokenizer=base.tokenizer, hidden_states=lambda ids: hidden_states(base, ids, 2)
+        checkpoint,
+        tokenizer=base.tokenizer,
+        hidden_states=lambda ids: hidden_states(base, ids, checkpoint.settings.mid_layer),
     )
     for text in (TEXT, f"{TEXT} to the world" * 40):
         route = router.route(text)
