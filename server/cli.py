@@ -220,6 +220,49 @@ def register_stacks(
     typer.echo(json.dumps(answer, indent=2))
 
 
+@stacks_app.command("import-reference")
+def import_reference(
+    folder: Annotated[Path, typer.Argument(help="The published folder: its manifest, stacks and router.")],
+    store: Annotated[Path, typer.Option(help="Folder of the store; made if it is missing.")],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the base; default: the store's, else the embedded one.")
+    ] = None,
+    manifest: Annotated[str, typer.Option(help="Path of the manifest in the folder.")] = "manifest.json",
+    router: Annotated[str, typer.Option(help="Path of the router in the folder.")] = "meta_router.pt",
+    without_router: Annotated[bool, typer.Option("--without-router", help="Import the stacks alone.")] = False,
+    trained_on: Annotated[
+        str | None, typer.Option(help="The model that the manifest names, where the base has another name.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Experts that each token uses; no stack file says it.")] = 2,
+    scale: Annotated[
+        float | None, typer.Option(help="Of every delta; no stack file says it. 4.0, if the rank is the paper's 16.")
+    ] = None,
+    mid_layer: Annotated[
+        int | None, typer.Option(help="Hidden state that the router reads beside the last; default: the middle one.")
+    ] = None,
+    mid_weight: Annotated[float, typer.Option(help="Of that hidden state.")] = 0.45,
+    last_weight: Annotated[float, typer.Option(help="Of the last hidden state.")] = 0.55,
+    max_tokens: Annotated[int, typer.Option(help="Tokens that the router reads.")] = 256,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace domains and router of the store.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, change nothing.")] = False,
+) -> None:
+    """Import a store that was published in the format of the paper's code."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from server.reference_import.importing import ImportPlan, run_import
+    from server.reference_import.settings import RouterSettings, StackSettings
+
+    stacks = StackSettings(top_k, scale)
+    router_settings = None if without_router else RouterSettings(router, mid_layer, mid_weight, last_weight, max_tokens)
+    plan = ImportPlan(folder, store, base, manifest, trained_on, stacks, router_settings, replace, dry_run)
+    with _told_plainly(), Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("stacks", total=None)
+        report = run_import(plan, lambda done, total: progress.update(task, completed=done, total=total))
+    for line in report.lines():
+        typer.echo(line)
+
+
 @stacks_app.command("remove")
 def remove_stacks(
     name: str, url: UrlOption = None, admin_key: AdminKeyOption = None, config: ConfigOption = None

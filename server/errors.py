@@ -2,6 +2,7 @@
 
     ServerError
     ├── ConfigInvalid       a setting is unknown or has a bad value
+    ├── ReferenceRefused    a store in the paper's format cannot be imported
     ├── RequestFailed       a server that a command asked was not there or refused
     └── ApiError            a request is answered with an error; `param` names the field at fault
         ├── InvalidRequest          a known field has a bad value
@@ -35,6 +36,10 @@ class ServerError(Exception):
 
 class ConfigInvalid(ServerError):
     """A setting is unknown or has a bad value; the message names it."""
+
+
+class ReferenceRefused(ServerError):
+    """A store in the paper's format cannot be imported; the message names the thing and the value at fault."""
 
 
 class RequestFailed(ServerError):
@@ -113,6 +118,7 @@ ERROR_TABLE: Mapping[type[Exception], Answer] = MappingProxyType(
     {
         ServerError: INTERNAL,
         ConfigInvalid: INTERNAL,
+        ReferenceRefused: INTERNAL,
         RequestFailed: INTERNAL,
         ApiError: INTERNAL,
         InvalidRequest: Answer(400, "invalid_value"),

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -41,6 +42,7 @@ from stack_store.int8 import dequantise_rows, quantise_rows
 from stack_store.tensor_file import LENGTH_BYTES, TensorFile, is_finite
 
 PARTS = ("a", "b", "gate", "a_scale", "b_scale")
+METADATA_FIRST = '{"__metadata__":'
 NO_PART = -1  # of a bf16 file, which has no scales
 
 
@@ -216,9 +218,17 @@ def read_verified_header(path: Path, *, num_bytes: int) -> StackHeader:
             raise StackInvalid(f"{path}: has {actual} bytes, not {num_bytes}")
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         try:
-            return from_metadata(json.loads(file.read(min(length, num_bytes)))["__metadata__"])
+            return from_metadata(_metadata_of(file.read(min(length, num_bytes)).decode()))
         except (ValueError, KeyError, TypeError) as error:
             raise StackInvalid(f"{path}: its header cannot be read: {error}") from error
+
+
+def _metadata_of(head: str) -> Any:
+    """The metadata of a head in JSON; ours come first, and what follows is ten times as long."""
+    if not head.startswith(METADATA_FIRST):
+        return json.loads(head)["__metadata__"]
+    metadata, _ = json.JSONDecoder().raw_decode(head, len(METADATA_FIRST))
+    return metadata
 
 
 def read_stack(path: Path, *, expected_digest: str | None = None, dtype: torch.dtype = torch.bfloat16) -> Stack:

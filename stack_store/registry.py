@@ -183,15 +183,10 @@ class StackRegistry:
         """
         require_domain_name(name)
         with self._writing(expected_generation) as manifest, ExitStack() as cleanup:
-            opened = [_open_source(source, cleanup) for source in sources]
-            headers = [file.header for file in opened]
-            _require_rounds(name, headers)
-            for file in opened:
-                _require_base(file.name, file.header.base_fingerprint, manifest.base_fingerprint)
-                _require_geometry(file.name, file.header.geometry, manifest.geometry)
+            opened = _open_rounds(name, sources, manifest, cleanup)
             if max_resident_bytes is not None:
-                _require_room(name, sum(resident_bytes(header, dtype) for header in headers), max_resident_bytes)
-            copies = [] if dry_run else [cleanup.enter_context(staged_file(self.path / "domains")) for _ in opened]
+                _require_room(name, sum(resident_bytes(file.header, dtype) for file in opened), max_resident_bytes)
+            copies = [] if dry_run else [self._stage(cleanup) for _ in opened]
             entry = DomainEntry(name, tuple(_verify_rounds(name, opened, copies)))
             changed = replace(manifest, domains=_with_domain(manifest, entry))
             if not dry_run:
@@ -204,6 +199,36 @@ class StackRegistry:
                 generation=self._manifest.generation,
                 changed=changed != manifest,
             )
+
+    def import_domains(
+        self,
+        domains: Mapping[str, Sequence[Source]],
+        *,
+        router: Source | None,
+        expected_generation: int | None = None,
+    ) -> Manifest:
+        """Registers all domains, and sets the router if there is one, in one change: a crash leaves all of it or none.
+
+        Each domain is checked as by register_domain, whose errors this raises.
+        """
+        for name in domains:
+            require_domain_name(name)
+        with self._writing(expected_generation) as manifest, ExitStack() as cleanup:
+            changed, staged = manifest, []
+            for name, sources in domains.items():
+                opened = _open_rounds(name, sources, manifest, cleanup)
+                copies = [self._stage(cleanup) for _ in opened]
+                entry = DomainEntry(name, tuple(_verify_rounds(name, opened, copies)))
+                changed = replace(changed, domains=_with_domain(changed, entry))
+                staged += [(copy, stack.file) for copy, stack in zip(copies, entry.stacks, strict=True)]
+            if router is not None:
+                router_entry, copy = self._stage_router(router, cleanup)
+                changed = replace(changed, router=router_entry)
+                staged.append((copy, router_entry.file))
+            for copy, file in staged:
+                self._commit(copy, file)
+            self._publish(changed)
+            return self._manifest
 
     def remove_domain(self, name: str, *, expected_generation: int | None = None) -> Removal:
         """The domain no longer exists, though its files do, for those who still use them. Raises DomainNotFound."""
@@ -230,10 +255,7 @@ class StackRegistry:
     def set_router(self, source: Source, *, expected_generation: int | None = None) -> Manifest:
         """Copies a router file into the store and makes it the active one. Its content is the router's own affair."""
         with self._writing(expected_generation) as manifest, ExitStack() as cleanup:
-            file = _open_file(source, cleanup)
-            staged = cleanup.enter_context(staged_file(self.path / "domains"))
-            digest = TensorFile(file, name=str(file.name)).verify(copy_to=staged.file)
-            entry = RouterEntry(digest=digest, file=router_file(digest), bytes=staged.file.tell())
+            entry, staged = self._stage_router(source, cleanup)
             self._commit(staged, entry.file)
             self._publish(replace(manifest, router=entry))
             return self._manifest
@@ -245,6 +267,14 @@ class StackRegistry:
             if expected_generation not in (None, self._manifest.generation):
                 raise GenerationConflict(expected=expected_generation, current=self._manifest.generation)
             yield self._manifest
+
+    def _stage(self, cleanup: ExitStack) -> StagedFile:
+        return cleanup.enter_context(staged_file(self.path / "domains"))
+
+    def _stage_router(self, source: Source, cleanup: ExitStack) -> tuple[RouterEntry, StagedFile]:
+        file, staged = _open_file(source, cleanup), self._stage(cleanup)
+        digest = TensorFile(file, name=str(file.name)).verify(copy_to=staged.file)
+        return RouterEntry(digest=digest, file=router_file(digest), bytes=staged.file.tell()), staged
 
     def _commit(self, staged: StagedFile, file: str) -> None:
         make_folder((self.path / file).parent)
@@ -287,6 +317,16 @@ def _open_file(source: Source, cleanup: ExitStack) -> BufferedReader:
 def _open_source(source: Source, cleanup: ExitStack) -> OpenStack:
     file = _open_file(source, cleanup)
     return OpenStack(file, name=str(file.name))
+
+
+def _open_rounds(name: str, sources: Sequence[Source], manifest: Manifest, cleanup: ExitStack) -> list[OpenStack]:
+    """The domain's stacks, whose headers fit each other and the store."""
+    opened = [_open_source(source, cleanup) for source in sources]
+    _require_rounds(name, [file.header for file in opened])
+    for file in opened:
+        _require_base(file.name, file.header.base_fingerprint, manifest.base_fingerprint)
+        _require_geometry(file.name, file.header.geometry, manifest.geometry)
+    return opened
 
 
 def _verify_rounds(name: str, opened: Sequence[OpenStack], copies: Sequence[StagedFile]) -> Iterator[StackEntry]:

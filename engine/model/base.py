@@ -83,6 +83,15 @@ class BaseSource:
     model_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class BaseIdentity:
+    """What a stack must know of its base; the fields are those of Base."""
+
+    model_id: str
+    fingerprint: str
+    geometry: Geometry
+
+
 def load_base(
     spec: str | None = None,
     *,
@@ -126,6 +135,26 @@ def load_base(
         num_layers=text_config.num_hidden_layers,
         max_positions=text_config.max_position_embeddings,
         eos_token_ids=_eos_token_ids(model, tokenizer),
+    )
+
+
+def identify_base(spec: str | None = None, *, cache_dir: Path | None = None) -> BaseIdentity:
+    """What `load_base` says of the same base, told by its configuration and tokenizer alone: no weight is read.
+
+    Raises BaseUnsupported as `load_base` does.
+    """
+    source = find_base(spec, cache_dir=cache_dir or default_cache_dir())
+    try:
+        config = AutoConfig.from_pretrained(source.location)
+        tokenizer = AutoTokenizer.from_pretrained(source.location)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise BaseUnsupported(f"base {source.location!r} cannot be identified: {error}") from error
+    return BaseIdentity(
+        model_id=source.model_id,
+        fingerprint=fingerprint(source.model_id, model.config.get_text_config(), tokenizer),
+        geometry=geometry_of(find_projections(model)),
     )
 
 

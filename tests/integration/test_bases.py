@@ -1,8 +1,10 @@
 """Loading and wrapping bases of every supported architecture, in every format."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from engine.errors import BaseUnsupported
-from engine.model.base import load_base
+from engine.model.base import BaseIdentity, identify_base, load_base
 from engine.model.hidden import hidden_states
 from engine.model.inject import StackedLinear, inject
 from engine.model.moe_lora import ServingDeltas
@@ -35,6 +37,19 @@ def test_exactly_the_seven_projections_of_every_layer_are_wrapped(
     assert sum(isinstance(module, StackedLinear) for module in base.model.modules()) == len(expected)
     assert base.geometry.num_layers == 3
     assert base.geometry.shapes["down_proj"] == (128, 64)
+
+
+@pytest.mark.parametrize("base_format", ["dense", "nf4-dense"])
+@pytest.mark.parametrize("architecture", sorted(MAKERS))
+def test_a_base_is_identified_without_its_weights(
+    architecture: str, base_format: Any, tiny_base_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tiny_base_folder(architecture)
+    loaded = load_base(str(folder), base_format=base_format, dtype="float32")
+    without_weights = tmp_path / folder.name
+    shutil.copytree(folder, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
+    identity = identify_base(str(without_weights))
+    assert identity == BaseIdentity(loaded.model_id, loaded.fingerprint, loaded.geometry)
 
 
 def test_a_vision_tower_is_never_touched(tiny_base_folder: Callable[[str], Path]) -> None:

@@ -296,6 +296,32 @@ def test_a_bad_router_file_is_refused_and_the_old_one_stays(registry: StackRegis
     assert list_store(registry.path) == before
 
 
+def test_several_domains_and_a_router_are_one_change(registry: StackRegistry, tmp_path: Path) -> None:
+    router = tmp_path / "router.safetensors"
+    save_file({"weight": torch.ones(2)}, router)
+    domains = {"math": _rounds(tmp_path, "math", num_rounds=2), "chat": _rounds(tmp_path, "chat")}
+    manifest = registry.import_domains(domains, router=router)
+    assert manifest.generation == 1
+    assert [(domain.name, len(domain.stacks)) for domain in manifest.domains] == [("math", 2), ("chat", 1)]
+    path = registry.router_path()
+    assert path is not None
+    assert path.read_bytes() == router.read_bytes()
+    assert StackRegistry.open(registry.path).manifest == manifest
+    assert registry.import_domains(domains, router=router).generation == 1
+
+
+def test_one_bad_file_among_several_domains_changes_nothing(registry: StackRegistry, tmp_path: Path) -> None:
+    before = list_store(registry.path)
+    chat = _rounds(tmp_path, "chat")
+    router = tmp_path / "router.safetensors"
+    router.write_text("no router")
+    with pytest.raises(StackInvalid, match="is not a safetensors file"):
+        registry.import_domains({"chat": chat}, router=router)
+    with pytest.raises(DomainInvalid, match="is given a stack of domain 'chat'"):
+        registry.import_domains({"chat": chat, "math": chat}, router=None)
+    assert list_store(registry.path) == before
+
+
 def test_the_first_to_open_a_store_removes_what_a_crash_left(
     registry: StackRegistry, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
