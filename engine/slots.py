@@ -1,6 +1,6 @@
 """Holds resident domains in device memory: one slot, a single flat allocation, a domain. Knows no requests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -9,10 +9,9 @@ import torch
 from engine.model.fused_step import array_of
 from engine.model.moe_lora import ServingStack, host_memory, serving_stack, to_device
 from engine.model.stack_unpacking import StackUnpacking, compile_unpacking
-from stack_store.format import StackHeader, Window, read_stack, resident_bytes
+from stack_store.format import StackHeader, read_stack, resident_bytes
 from stack_store.manifest import DomainEntry, StackEntry
 from stack_store.registry import StackRegistry
-from stack_store.stack_files import Bytes
 
 ONE_PASS_DTYPES = (torch.bfloat16, torch.float32)  # others take the way of many small steps
 
@@ -59,16 +58,12 @@ def _load_stack(
     if dtype not in ONE_PASS_DTYPES:
         read = read_stack(path, expected_digest=stack.digest, dtype=dtype)
         return serving_stack(read.header, read.groups, dtype=dtype, device=device, panelled=panelled)
-    host: ServingStack | None = None
 
-    def begin(header: StackHeader) -> Callable[[Window, Bytes], None]:
-        nonlocal host
+    def begin(header: StackHeader) -> StackUnpacking:
         memory = host_memory(resident_bytes(header, dtype) // dtype.itemsize, dtype, device)
-        host = ServingStack.of(header, memory, panelled=panelled)
-        return StackUnpacking(header, array_of(memory), panelled=panelled).take
+        return StackUnpacking(header, ServingStack.of(header, memory, panelled=panelled))
 
-    registry.files.read(path, stack.digest, begin)
-    assert host is not None
+    host = registry.files.read(path, stack.digest, begin).stack
     return replace(host, memory=to_device(host.memory, device))
 
 

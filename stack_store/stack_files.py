@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,17 @@ Bytes = NDArray[np.uint8]
 Identity = tuple[int, int, int, int, int]
 
 SCRATCH_UNIT = 64  # bytes that a view of any type divides
+
+
+class WindowTaker(Protocol):
+    """Makes something of a file's tensors."""
+
+    def take(self, window: Window, data: Bytes) -> None:
+        """The bytes of one window, which are the taker's for the length of the call."""
+        ...
+
+
+T = TypeVar("T", bound=WindowTaker)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +52,10 @@ class StackFiles:
         self._plans: dict[str, StackPlan] = {}
         self._scratch = threading.local()
 
-    def read(self, path: Path, digest: str, begin: Callable[[StackHeader], Callable[[Window, Bytes], None]]) -> None:
-        """Passes the file's tensors on, window by window; `begin` is told the header first and says to whom.
+    def read(self, path: Path, digest: str, begin: Callable[[StackHeader], T]) -> T:
+        """Passes the file's tensors on, window by window, to what `begin` makes of the header and this returns.
 
-        The bytes of a window are overwritten by the next. What was passed on is worth nothing unless this returns.
+        The bytes of a window are overwritten by the next.
         Raises StackInvalid, DigestMismatch or OSError that names the path.
         """
         with path.open("rb", buffering=0) as file:
@@ -56,19 +67,20 @@ class StackFiles:
                     stack = OpenStack(copy, name=str(path))
                 known = StackPlan(stack.header, stack.windows(), identity)
                 hashed = hashlib.sha256(stack.head)
-            take = begin(known.header)
+            taker = begin(known.header)
             for window in known.windows:
                 data = self._scratch_of(window.num_bytes)
                 if os.preadv(file.fileno(), [data.data], window.begin) != window.num_bytes:
                     raise StackInvalid(f"{path}: is truncated: it shrank while it was read")
                 if hashed is not None:
                     hashed.update(data)
-                take(window, data)
+                taker.take(window, data)
             if hashed is not None and hashed.hexdigest() != digest:
                 raise DigestMismatch(f"{path} has digest {hashed.hexdigest()}, not {digest}")
             if _identity(file.fileno()) != identity:
                 raise StackInvalid(f"{path}: changed while it was read")
             self._plans[digest] = known
+            return taker
 
     def forget(self, digest: str) -> None:
         """The next read hashes all bytes again."""

@@ -12,7 +12,8 @@ from numba.extending import overload
 from numpy.typing import NDArray
 
 from engine.model.fused_kernels import narrowed, widened
-from engine.model.moe_lora import MAX_MEMBERS, PANEL, value_offsets
+from engine.model.fused_step import array_of
+from engine.model.moe_lora import MAX_MEMBERS, PANEL, ServingStack, value_offsets
 from stack_store.format import INPUT_GROUPS, PARTS, Geometry, StackHeader, Window
 
 Array = NDArray[Any]
@@ -22,13 +23,14 @@ A, B, GATE, A_SCALE, B_SCALE = range(len(PARTS))
 class StackUnpacking:
     """The way from one file's windows to one stack's memory."""
 
-    def __init__(self, header: StackHeader, memory: Array, *, panelled: bool) -> None:
-        """`memory` is float32, or bfloat16 as uint16."""
+    def __init__(self, header: StackHeader, stack: ServingStack) -> None:
+        """`stack` lies on the host, in float32 or bfloat16."""
         geometry = header.geometry
+        self.stack = stack
         self._header = header
-        self._memory = memory
+        self._memory = array_of(stack.memory)
         self._offsets = value_offsets(geometry, header.num_experts, header.rank)
-        self._panel = PANEL if panelled else max(width for _, width in geometry.shapes.values())
+        self._panel = PANEL if stack.is_panelled else max(width for _, width in geometry.shapes.values())
         self._shapes = _group_shapes(geometry)
 
     def take(self, window: Window, data: NDArray[np.uint8]) -> None:
