@@ -20,7 +20,7 @@ from engine.model.moe_lora import ServingDeltas, StackPack
 from engine.slots import load_domain
 from router.policy import RoutingPolicy
 from stack_store.atomic import StagedFile
-from stack_store.format import read_header
+from stack_store.format import verify_stack
 from stack_store.registry import StackRegistry
 from training.curriculum import Curriculum
 from training.data.examples import render_domain
@@ -159,7 +159,7 @@ def test_frozen_stacks_lie_outside_what_was_protected(finished: tuple[Path, Path
     assert subspaces.protected_share["colours"]["0.k_proj"] == 4 / 32  # the cap
     registry = StackRegistry.open(store)
     folded = {
-        entry.name: read_header(registry.stack_path(entry.stacks[0])).null_space_folded
+        entry.name: verify_stack(registry.stack_path(entry.stacks[0]))[0].null_space_folded
         for entry in registry.manifest.domains
     }
     assert folded == {"greet": False, "animals": True, "colours": True}

@@ -18,7 +18,7 @@ from engine.slots import load_domain
 from router.checkpoint import RouterCheckpoint
 from router.router import Router
 from server.cli import app
-from stack_store.format import read_header
+from stack_store.format import verify_stack
 from stack_store.registry import StackRegistry
 from tests.published import PREFIXES, PublishedFiles, published_files, slow_published_delta, slow_published_scores
 
@@ -138,7 +138,7 @@ def test_top_k_and_scale_are_what_the_options_say(tiny_base_folder: TinyBase, tm
     folder = published.write(tmp_path / "published", stacks_under=".")
     import_store(folder, tmp_path / "store", base_folder, "--top-k", "1", "--scale", "2.5")
     registry = StackRegistry.open(tmp_path / "store")
-    header = read_header(registry.stack_path(registry.domain("math").stacks[1]))
+    header = verify_stack(registry.stack_path(registry.domain("math").stacks[1]))[0]
     assert (header.top_k, header.scale, header.rank, header.round, header.domain) == (1, 2.5, 3, 2, "math")
     torch.testing.assert_close(
         our_logits(base, registry, MIX),

@@ -18,8 +18,8 @@ from stack_store.format import (
     ProjectionTensors,
     Stack,
     pack_groups,
-    read_header,
     read_stack,
+    read_verified_header,
     resident_bytes,
     unpack_projections,
     verify_stack,
@@ -121,7 +121,14 @@ def test_the_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
 def test_the_header_comes_back_from_the_head_of_the_file(tmp_path: Path) -> None:
     header = replace(tiny_header(domain="médecine", round=7, weights="int8"), null_space_folded=True, scale=2.5)
     write_random_stack(tmp_path / "stack", header)
-    assert read_header(tmp_path / "stack") == header
+    path = tmp_path / "stack"
+    assert verify_stack(path)[0] == header
+    assert read_verified_header(path, num_bytes=path.stat().st_size) == header
+    with pytest.raises(StackInvalid, match=rf"has {path.stat().st_size} bytes, not 7"):
+        read_verified_header(path, num_bytes=7)
+    path.write_bytes(b"\x02" + b"\x00" * 7 + b"{}")
+    with pytest.raises(StackInvalid, match="its header cannot be read"):
+        read_verified_header(path, num_bytes=10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
