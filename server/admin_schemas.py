@@ -1,12 +1,13 @@
 """The requests of the admin API. Knows field names, not the store. A mistyped key is an error, never ignored."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_URL_LENGTH = 2048
 
+Tier = Literal["device", "host"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

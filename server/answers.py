@@ -37,7 +37,7 @@ class AnswerShape(Protocol):
 
 
 def mix_report(run: PromptRun) -> Json:
-    """The `brainstacks` extension of one prompt's answer. Dropped domains are named only if there are any."""
+    """The `brainstacks` extension of one prompt's answer. Dropped and stale domains are named only if there are any."""
     report: Json = {
         "scores": dict(run.plan.scores),
         "mix": dict(run.leased.weights),
@@ -46,6 +46,8 @@ def mix_report(run: PromptRun) -> Json:
     }
     if run.leased.dropped:
         report["dropped"] = dict(run.leased.dropped)
+    if run.plan.stale:
+        report["stale"] = list(run.plan.stale)
     return report
 
 

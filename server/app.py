@@ -28,12 +28,13 @@ def create_app(
         if workers is not None:
             asyncio.get_running_loop().set_default_executor(workers)
         service.engine.start()
+        store_admin.start()
         try:
             yield
         finally:
             await asyncio.to_thread(service.engine.stop)  # waits for the step that runs
             await store_admin.close()
-            service.catalog.cache.close()
+            service.catalog.close()
             await asyncio.to_thread(service.close)
 
     # The interactive documentation would load its scripts from another host; /openapi.json stays.

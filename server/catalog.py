@@ -5,10 +5,11 @@ Lives on the event loop. A domain may be replaced or deleted at any await; every
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -71,10 +72,13 @@ class Catalog:
         *,
         dtype: torch.dtype,
         lease_timeout_seconds: float,
+        host: ResidentCache[ResidentDomain] | None = None,
     ) -> None:
+        """`cache` holds domains on the device, `host` in the pinned memory that they are copied from."""
         self._lease_timeout_seconds = lease_timeout_seconds
         self.registry = registry
         self.cache = cache
+        self.host = host
         self.versions = versions
         self.dtype = dtype
 
@@ -90,6 +94,21 @@ class Catalog:
             logger.error("domain damaged name=%s version=%s error=%s", entry.name, entry.version, error)
             raise LoadFailed(f"domain {entry.name!r} cannot be read") from error
         return Want(self.versions.key(entry), num_bytes)
+
+    def retire(self, entry: DomainEntry) -> Future[int]:
+        """Lets go of a deleted or replaced version, on the device when its last lease ends, then on the host.
+
+        The future gives the bytes that the device had of it.
+        """
+        key = self.versions.key(entry)
+        device = self.cache.retire(key)
+        return device if self.host is None else _then(device, partial(self.host.retire, key))
+
+    def close(self) -> None:
+        """Ends all tiers. Idempotent."""
+        self.cache.close()
+        if self.host is not None:
+            self.host.close()
 
     def read_headers(self) -> None:
         """Reads what later calls need to know of the domains. One that is damaged is logged: the others still serve."""
@@ -185,6 +204,18 @@ class Catalog:
 
     def _is_current(self, entry: DomainEntry) -> bool:
         return self.registry.by_name.get(entry.name) == entry
+
+
+def _then(first: Future[int], begin_second: Callable[[], Future[int]]) -> Future[int]:
+    """The result of the first, once the second, which begins behind it, is done too. Neither of them fails."""
+    both: Future[int] = Future()
+    both.set_running_or_notify_cancel()
+
+    def go_on(first: Future[int]) -> None:
+        begin_second().add_done_callback(lambda second: both.set_result(first.result()))
+
+    first.add_done_callback(go_on)
+    return both
 
 
 async def claim_lease(future: Future[Lease[ResidentDomain]], *, timeout_seconds: float) -> Lease[ResidentDomain]:

@@ -27,13 +27,13 @@ from server.app import create_app
 from server.catalog import Catalog, Versions
 from server.config import ServerSettings, Settings, StoreSettings, demo_store_path
 from server.demo_store import seed_store
-from server.domain_loader import DomainLoader
+from server.domain_loader import DeviceLoader, FileLoader
 from server.downloads import Downloads
 from server.errors import ConfigInvalid
 from server.gap_log import GapLog
 from server.live_router import LiveRouter, warn_of_stale_domains
 from server.memory import available_memory_bytes
-from server.metrics import ServerMetrics
+from server.metrics import FILE_SOURCE, HOST_SOURCE, ServerMetrics, TierMetrics
 from server.prompts import PromptReader
 from server.routing import Routing
 from server.service import Service
@@ -43,6 +43,7 @@ from server.token_text import TokenText
 from stack_store.cache import ResidentCache
 from stack_store.downloads import Downloader
 from stack_store.errors import ObjectStorageInvalid
+from stack_store.integrity import IntegrityCheck
 from stack_store.object_storage import ObjectStorage
 from stack_store.registry import StackRegistry
 from stack_store.uploads import BlobStore
@@ -81,17 +82,22 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
     versions = Versions()
     budget_bytes = settings.store.device_budget_bytes or available_memory_bytes(base.device) // AUTO_BUDGET_SHARE
     prepare_loads(base.dtype)
+    files = FileLoader(registry, versions, metrics, base.dtype, base.device, panelled=engine.wants_panels)
+    host = _make_host_tier(files, settings.store)
     cache = ResidentCache[ResidentDomain](
         budget_bytes=budget_bytes,
-        load=DomainLoader(
-            registry, versions, metrics, dtype=base.dtype, device=base.device, panelled=engine.wants_panels
-        ),
-        observer=metrics,
+        load=DeviceLoader(files, host),
+        observer=TierMetrics(metrics, "device", FILE_SOURCE if host is None else HOST_SOURCE),
         executor=_one_threaded("stack-loader", settings.store.loader_threads),
     )
     metrics.cache_budget.labels("device").set(budget_bytes)
     catalog = Catalog(
-        registry, cache, versions, dtype=base.dtype, lease_timeout_seconds=settings.store.lease_timeout_seconds
+        registry,
+        cache,
+        versions,
+        dtype=base.dtype,
+        lease_timeout_seconds=settings.store.lease_timeout_seconds,
+        host=host,
     )
     catalog.read_headers()
     _require_room(budget_bytes, catalog)
@@ -112,7 +118,14 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
     uploads = BlobStore(settings.store.path / UPLOADS_FOLDER, max_bytes=settings.server.max_upload_bytes)
     sources = Sources(registry, uploads, import_root=settings.store.import_root)
     downloads = Downloads(storage, Downloader(storage, uploads, metrics), sources)
-    store_admin = StoreAdmin(catalog, routing, sources, downloads, budget_bytes=budget_bytes)
+    integrity = IntegrityCheck(
+        registry,
+        metrics,
+        bytes_per_second=settings.store.verify_bytes_per_second,
+        interval_seconds=settings.store.verify_interval_seconds,
+    )
+    metrics.integrity_damaged.set_function(lambda: integrity.num_damaged)
+    store_admin = StoreAdmin(catalog, routing, sources, downloads, integrity, budget_bytes=budget_bytes)
     logger.info(
         "server composed model=%s store=%s domains=%s router=%s device_budget_bytes=%d threads=%d",
         service.served_name,
@@ -123,6 +136,28 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
         torch.get_num_threads(),
     )
     return create_app(service, store_admin, settings, workers=_one_threaded("worker", NUM_WORKERS))
+
+
+def _make_host_tier(files: FileLoader, settings: StoreSettings) -> ResidentCache[ResidentDomain] | None:
+    """Where the device is CUDA, unless its budget is 0."""
+    budget_bytes = settings.host_budget_bytes
+    if files.device.type != "cuda":
+        if budget_bytes:
+            raise ConfigInvalid(
+                f"store.host_budget_bytes: is {budget_bytes}, but {files.device} has no memory of its own"
+            )
+        return None
+    if budget_bytes is None:
+        budget_bytes = available_memory_bytes(torch.device("cpu")) // AUTO_BUDGET_SHARE
+    if budget_bytes == 0:
+        return None
+    files.metrics.cache_budget.labels("host").set(budget_bytes)
+    return ResidentCache[ResidentDomain](
+        budget_bytes=budget_bytes,
+        load=files,
+        observer=TierMetrics(files.metrics, "host", FILE_SOURCE),
+        executor=_one_threaded("stack-reader", settings.loader_threads),
+    )
 
 
 def _object_storage(settings: StoreSettings) -> ObjectStorage:

@@ -101,7 +101,18 @@ class StoreSettings(_Section):
         default={}, repr=False, description="by scheme, what fsspec's driver takes; credentials it finds itself"
     )
     device_budget_bytes: int | None = Field(default=None, ge=1, description="default: a quarter of available memory")
-    loader_threads: int = Field(default=2, ge=1, le=64)
+    host_budget_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="pinned memory from which domains go to a CUDA device; default: a quarter of what is available",
+    )
+    loader_threads: int = Field(default=2, ge=1, le=64, description="of each tier")
+    verify_bytes_per_second: int = Field(
+        default=4 * MIB, ge=0, description="at which registered files are read again and hashed; 0: never"
+    )
+    verify_interval_seconds: float = Field(
+        default=3600.0, ge=0, description="from the begin of one such pass over all files to that of the next"
+    )
     lease_timeout_seconds: float = Field(default=60.0, gt=0, description="how long a request waits for its mix")
 
     @field_validator("object_roots", mode="before")

@@ -1,18 +1,25 @@
-"""Loads the domain that a cache key stands for, and counts what it reads. Knows versions and files, not leases."""
+"""Loads the domain that a cache key stands for, from one tier into the next. Knows versions and files, not requests.
 
+With a host tier, files are read into pinned memory there and copied to the device from it; without one, a file's domain
+goes straight to the device.
+"""
+
+import time
 from dataclasses import dataclass
 
 import torch
 
-from engine.slots import ResidentDomain, load_domain
+from engine.pinned_memory import allocate_host, allocate_pinned
+from engine.slots import ResidentDomain, copy_domain, read_domain
 from server.catalog import Versions
-from server.metrics import ServerMetrics
+from server.metrics import FILE_SOURCE, HOST_SOURCE, ServerMetrics
+from stack_store.cache import ResidentCache, Want
 from stack_store.registry import StackRegistry
 
 
 @dataclass(frozen=True, slots=True)
-class DomainLoader:
-    """The cache's `load`, called in its threads."""
+class FileLoader:
+    """From files into host memory, pinned if the device is CUDA. A cache's `load`, called in its threads."""
 
     registry: StackRegistry
     versions: Versions
@@ -22,8 +29,40 @@ class DomainLoader:
     panelled: bool
 
     def __call__(self, key: str) -> ResidentDomain:
-        """Raises what is wrong with the files."""
-        entry = self.versions.entry(key)
-        domain = load_domain(self.registry, entry, dtype=self.dtype, device=self.device, panelled=self.panelled)
-        self.metrics.files_read(sum(stack.bytes for stack in entry.stacks))
+        """Raises what is wrong with the files, or MemoryError."""
+        entry, began = self.versions.entry(key), time.monotonic()
+        allocate = allocate_pinned if self.device.type == "cuda" else allocate_host
+        domain = read_domain(self.registry, entry, dtype=self.dtype, panelled=self.panelled, allocate=allocate)
+        self.metrics.loaded(FILE_SOURCE, sum(stack.bytes for stack in entry.stacks), time.monotonic() - began)
         return domain
+
+    def want(self, key: str) -> Want:
+        """What the domain takes of any tier."""
+        return Want(key, self.registry.resident_bytes(self.versions.entry(key), self.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLoader:
+    """Into the device, from the host tier if there is one and the domain fits. A cache's `load`."""
+
+    files: FileLoader
+    host: ResidentCache[ResidentDomain] | None
+
+    def __call__(self, key: str) -> ResidentDomain:
+        """Raises what is wrong with the files, MemoryError, or what the host tier says."""
+        want = self.files.want(key)
+        if self.host is None or want.bytes > self.host.budget_bytes:
+            return self._copy(self.files(key))
+        lease = self.host.lease([want]).result()  # in a thread of this tier's own, so the host's loaders go on
+        try:
+            return self._copy(lease.values[0])
+        finally:
+            lease.release()
+
+    def _copy(self, domain: ResidentDomain) -> ResidentDomain:
+        if self.files.device.type == "cpu":  # where it is read is where it is computed
+            return domain
+        began = time.monotonic()
+        copied = copy_domain(domain, self.files.device)
+        self.files.metrics.loaded(HOST_SOURCE, domain.num_bytes, time.monotonic() - began)
+        return copied

@@ -164,9 +164,12 @@ ERROR_TABLE: Mapping[type[Exception], Answer] = MappingProxyType(
         store_errors.ObjectDenied: Answer(502, "object_denied", should_retry=False),
         store_errors.ObjectUnavailable: Answer(502, "object_unavailable"),
         store_errors.DownloadStopped: Answer(503, "shutting_down", retry_after_seconds=5),
+        store_errors.DiskFull: Answer(503, "disk_full", retry_after_seconds=30),
+        store_errors.DiskFailed: Answer(503, "disk_failed", retry_after_seconds=30),
         store_errors.CacheError: INTERNAL,
         store_errors.MixTooLarge: Answer(400, "mix_too_large"),
         store_errors.LoadFailed: Answer(503, "load_failed", retry_after_seconds=5),
+        store_errors.MemoryExhausted: Answer(503, "memory_exhausted", retry_after_seconds=5),
         store_errors.LeaseTimedOut: Answer(503, "lease_timed_out", retry_after_seconds=5),
         store_errors.CacheClosed: Answer(503, "shutting_down", retry_after_seconds=5),
     }

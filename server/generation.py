@@ -32,6 +32,7 @@ class PromptPlan:
     weights: Mapping[str, float]
     adaptable: bool  # whether the mix may shrink to what fits and exists: the router's may, a client's own may not
     scores: Mapping[str, float] = field(default_factory=dict)
+    stale: tuple[str, ...] = ()  # of the scores, those that the router may have wrong
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 

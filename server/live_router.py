@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from router.router import Route, Router
 from server.ports import RouterPort
-from stack_store.manifest import DomainEntry
+from stack_store.manifest import DomainEntry, Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,30 @@ def stale_domains(router: RouterPort, registered: Sequence[DomainEntry]) -> list
         for entry in registered
         if entry.name in trained and trained[entry.name] != tuple(stack.digest for stack in entry.stacks)
     ]
+
+
+class RouterFit:
+    """How the live router fits the store as it is; worked out anew only when one of the two has changed."""
+
+    def __init__(self) -> None:
+        self._of: tuple[RouterPort | None, Manifest] | None = None
+        self._stale: tuple[str, ...] = ()
+
+    def stale(self, router: RouterPort | None, manifest: Manifest) -> tuple[str, ...]:
+        """As `stale_domains`."""
+        if self._of is None or self._of[0] is not router or self._of[1] is not manifest:
+            self._stale = () if router is None else tuple(stale_domains(router, manifest.domains))
+            self._of = router, manifest
+        return self._stale
+
+
+def knowledge_of(router: RouterPort | None, entry: DomainEntry) -> str | None:
+    """Whether the router was `trained` on this version, on other stacks (`stale`), or does not know the domain."""
+    if router is None:
+        return None
+    if entry.name not in router.stack_digests:
+        return "unknown"
+    return "stale" if stale_domains(router, [entry]) else "trained"
 
 
 def warn_of_stale_domains(router: RouterPort | None, registered: Sequence[DomainEntry]) -> None:

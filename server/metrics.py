@@ -11,8 +11,8 @@ from prometheus_client.registry import Collector
 
 MAX_DOMAIN_LABELS = 100
 OTHER_DOMAIN = "other"
-DEVICE_TIER = "device"
-FILE_SOURCE = "file"
+TIERS = ("device", "host")
+FILE_SOURCE, HOST_SOURCE = "file", "host"
 
 PHASES = ("queue", "route", "page_in", "prefill", "decode")
 
@@ -47,8 +47,31 @@ class _CountedElsewhere(Collector):
         yield CounterMetricFamily(f"brainstacks_{self._name}", self._text, value=self._count())
 
 
+class TierMetrics:
+    """The observer of one tier's cache."""
+
+    def __init__(self, metrics: "ServerMetrics", tier: str, source: str) -> None:
+        """`source` is where the tier's loads come from."""
+        self._lookups = {hit: metrics.cache_lookups.labels(tier, "hit" if hit else "miss") for hit in (True, False)}
+        self._evictions = metrics.cache_evictions.labels(tier)
+        self._resident = metrics.cache_resident.labels(tier)
+        self._failures = metrics.load_failures.labels(source)
+
+    def lookup(self, hit: bool) -> None:
+        self._lookups[hit].inc()
+
+    def evicted(self, key: str, num_bytes: int) -> None:
+        self._evictions.inc()
+
+    def failed(self, key: str, error: Exception) -> None:
+        self._failures.inc()
+
+    def resident(self, num_bytes: int) -> None:
+        self._resident.set(num_bytes)
+
+
 class ServerMetrics:
-    """Every metric of the server. Also the observer of the cache and of downloads."""
+    """Every metric of the server. Also the observer of downloads."""
 
     def __init__(self, *, version: str, base: str) -> None:
         self.registry = CollectorRegistry()
@@ -70,8 +93,15 @@ class ServerMetrics:
         self.cache_resident = gauge("stack_cache_resident_bytes", "Bytes of domains in a tier.", "tier")
         self.cache_budget = gauge("stack_cache_budget_bytes", "Bytes that a tier may hold.", "tier")
         self.load_seconds = histogram("stack_load_seconds", "Time of one domain's load.", SLOW_BUCKETS, "source")
-        self.load_bytes = counter("stack_load_bytes_total", "Bytes of the files that were read.", "source")
+        self.load_bytes = counter("stack_load_bytes_total", "Bytes that loads have read.", "source")
         self.load_failures = counter("stack_load_failures_total", "Loads that failed.", "source")
+        self.integrity_checks = counter(
+            "stack_integrity_checks_total", "Registered files that were read again and hashed.", "result"
+        )
+        self.integrity_bytes = counter("stack_integrity_read_bytes_total", "Bytes that were read for it.")
+        self.integrity_damaged = gauge("stack_integrity_damaged_files", "Files that are not what their digest names.")
+        self.disk_faults = counter("store_disk_faults_total", "Changes of the store that the disk refused.", "fault")
+        self.router_stale = gauge("router_stale_domains", "Domains whose stacks are others than the router knows.")
         self.download_bytes = counter("object_download_bytes_total", "Bytes that came from object storage.")
         self.download_failures = counter("object_download_failures_total", "Objects that could not be downloaded.")
         self.domain_selected = counter("domain_selected_total", "Prompts whose mix had the domain.", "domain")
@@ -94,12 +124,14 @@ class ServerMetrics:
         waiting: Callable[[], float],
         kv_used_ratio: Callable[[], float],
         preempted: Callable[[], float],
+        stale: Callable[[], float],
     ) -> None:
         """Reads these at every scrape."""
         self.registry.register(_CountedElsewhere("preemptions", "Sequences that gave up their KV blocks.", preempted))
         self.requests_running.set_function(running)
         self.requests_waiting.set_function(waiting)
         self.kv_cache_used.set_function(kv_used_ratio)
+        self.router_stale.set_function(stale)
 
     def mix_chosen(self, mix: Mapping[str, float]) -> None:
         """A prompt is answered with this mix."""
@@ -108,9 +140,14 @@ class ServerMetrics:
             self.domain_selected.labels(label).inc()
             self.domain_weight.labels(label).observe(weight)
 
-    def files_read(self, num_bytes: int) -> None:
-        """A domain's files were read: their bytes, which are fewer than the domain has once it is resident."""
-        self.load_bytes.labels(FILE_SOURCE).inc(num_bytes)
+    def loaded(self, source: str, num_bytes: int, seconds: float) -> None:
+        """A domain came from files, whose bytes are fewer than the domain has once it is resident, or from the host."""
+        self.load_bytes.labels(source).inc(num_bytes)
+        self.load_seconds.labels(source).observe(seconds)
+
+    def verified(self, num_bytes: int, *, is_good: bool) -> None:
+        self.integrity_checks.labels("good" if is_good else "damaged").inc()
+        self.integrity_bytes.inc(num_bytes)
 
     def downloaded(self, num_bytes: int) -> None:
         self.download_bytes.inc(num_bytes)
@@ -118,32 +155,24 @@ class ServerMetrics:
     def download_failed(self) -> None:
         self.download_failures.inc()
 
-    def lookup(self, hit: bool) -> None:
-        self.cache_lookups.labels(DEVICE_TIER, "hit" if hit else "miss").inc()
-
-    def evicted(self, key: str, num_bytes: int) -> None:
-        self.cache_evictions.labels(DEVICE_TIER).inc()
-
-    def loaded(self, key: str, num_bytes: int, seconds: float) -> None:
-        self.load_seconds.labels(FILE_SOURCE).observe(seconds)
-
-    def failed(self, key: str, error: Exception) -> None:
-        self.load_failures.labels(FILE_SOURCE).inc()
-
-    def resident(self, num_bytes: int) -> None:
-        self.cache_resident.labels(DEVICE_TIER).set(num_bytes)
-
     def _show_zeros(self) -> None:
         """A series that appears with its first event hides that event from rate()."""
-        for result in ("hit", "miss"):
-            self.cache_lookups.labels(DEVICE_TIER, result)
+        for tier in TIERS:
+            for result in ("hit", "miss"):
+                self.cache_lookups.labels(tier, result)
+            self.cache_evictions.labels(tier)
+            self.cache_resident.labels(tier)
+            self.cache_budget.labels(tier)
+        for source in (FILE_SOURCE, HOST_SOURCE):
+            self.load_seconds.labels(source)
+            self.load_bytes.labels(source)
+            self.load_failures.labels(source)
+        for result in ("good", "damaged"):
+            self.integrity_checks.labels(result)
+        for fault in ("full", "failed"):
+            self.disk_faults.labels(fault)
         for phase in PHASES:
             self.phase.labels(phase)
-        self.cache_evictions.labels(DEVICE_TIER)
-        self.cache_resident.labels(DEVICE_TIER)
-        self.load_seconds.labels(FILE_SOURCE)
-        self.load_bytes.labels(FILE_SOURCE)
-        self.load_failures.labels(FILE_SOURCE)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"brainstacks_{name}", text, labels, registry=self.registry)

@@ -12,6 +12,7 @@ from server.admission import Admission
 from server.catalog import Catalog
 from server.gap_log import GapLog
 from server.generation import Generation, Parts, PromptPlan
+from server.live_router import RouterFit
 from server.meter import RequestMeter
 from server.metrics import ServerMetrics
 from server.mixes import MixChoice, choose_mix, model_names
@@ -57,17 +58,23 @@ class Service:
         self.admission = admission
         self.served_name = served_name
         self._gap_log = gap_log
+        self._router_fit = RouterFit()
         self._parts = Parts(engine, catalog, metrics)
         metrics.watch_load(
             running=lambda: engine.snapshot().running,
             waiting=lambda: max(0, admission.admitted - engine.snapshot().running),
             kv_used_ratio=lambda: engine.snapshot().kv_used_ratio,
             preempted=lambda: engine.snapshot().preempted,
+            stale=lambda: len(self.stale_domains()),
         )
 
     def models(self) -> list[str]:
         """Every model name that a client may ask for."""
         return model_names(self.served_name, self.catalog.names())
+
+    def stale_domains(self) -> tuple[str, ...]:
+        """The domains whose scores may be off, because the live router was trained on other stacks of theirs."""
+        return self._router_fit.stale(self.routing.router, self.catalog.registry.manifest)
 
     def choose(self, model: str | None, extension: MixRequest | None) -> MixChoice:
         """Who decides the mix. ModelNotFound, DomainNotFound or InvalidRequest by name."""
@@ -121,6 +128,7 @@ class Service:
             weights=self.catalog.weights_of(job.choice, route.mix),
             adaptable=is_auto,
             scores=route.scores,
+            stale=tuple(name for name in self.stale_domains() if name in route.scores),
             seconds={"route": time.monotonic() - began} if is_auto else {},
         )
 

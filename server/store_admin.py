@@ -15,16 +15,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from engine.slots import ResidentDomain
 from router.errors import RouterError
-from server.admin_schemas import FileSource
+from server.admin_schemas import FileSource, Tier
 from server.catalog import Catalog
 from server.downloads import Downloads
-from server.live_router import stale_domains, warn_of_stale_domains
+from server.errors import InvalidRequest
+from server.live_router import knowledge_of, stale_domains, warn_of_stale_domains
 from server.ports import RouterPort
 from server.routing import Routing
 from server.sources import Sources
-from stack_store.cache import CacheEntrySnapshot
+from stack_store.cache import ResidentCache
 from stack_store.errors import LoadFailed, MixTooLarge
+from stack_store.integrity import IntegrityCheck
 from stack_store.manifest import DomainEntry
 from stack_store.registry import Registration
 
@@ -37,9 +40,17 @@ class StoreAdmin:
     """What the admin routes call."""
 
     def __init__(
-        self, catalog: Catalog, routing: Routing, sources: Sources, downloads: Downloads, *, budget_bytes: int
+        self,
+        catalog: Catalog,
+        routing: Routing,
+        sources: Sources,
+        downloads: Downloads,
+        integrity: IntegrityCheck,
+        *,
+        budget_bytes: int,
     ) -> None:
         self.sources = sources
+        self._integrity = integrity
         self._downloads = downloads
         self._catalog = catalog
         self._registry = catalog.registry
@@ -69,8 +80,9 @@ class StoreAdmin:
         return self._shown(self._registry.domain(name)) | {"generation": self.generation}
 
     def show_cache(self) -> Json:
-        """The device tier: budget, bytes, and every entry."""
-        return asdict(self._cache.snapshot())
+        """The device tier: budget, bytes, and every entry; under `host` the same of the host tier, if there is one."""
+        host = self._catalog.host
+        return asdict(self._cache.snapshot()) | {"host": None if host is None else asdict(host.snapshot())}
 
     async def register(
         self, name: str, sources: Sequence[FileSource], *, dry_run: bool, expected_generation: int | None
@@ -98,28 +110,38 @@ class StoreAdmin:
                 self._registry.remove_domain, name, expected_generation=expected_generation
             )
             logger.info("domain removed name=%s version=%s", name, removal.entry.version)
-            retired = self._cache.retire(self._catalog.versions.key(removal.entry))
+            retired = self._catalog.retire(removal.entry)
             finishing = self._finish_retirement(removal.entry, retired)
         answer: Json = {"name": name, "generation": removal.generation}
         if not retired.done():
             return answer | {"status": "draining", "freed_bytes": 0}
         return answer | {"status": "deleted", "freed_bytes": await asyncio.shield(finishing)}
 
-    async def pin(self, name: str) -> Json:
-        """Loads a domain and keeps it resident."""
+    async def pin(self, name: str, tier: Tier) -> Json:
+        """Loads a domain into a tier and keeps it there."""
         want = self._catalog.want(self._registry.domain(name))
-        await asyncio.wrap_future(self._cache.pin(want.key, want.bytes))
+        await asyncio.wrap_future(self._tier(tier).pin(want.key, want.bytes))
         return self.show_domain(name)
 
-    def unpin(self, name: str) -> Json:
-        """Lets a domain be evicted again."""
-        self._cache.unpin(self._catalog.want(self._registry.domain(name)).key)
+    def unpin(self, name: str, tier: Tier) -> Json:
+        """Lets a domain be evicted from a tier again."""
+        self._tier(tier).unpin(self._catalog.want(self._registry.domain(name)).key)
         return self.show_domain(name)
 
-    def prefetch(self, name: str) -> Json:
-        """Starts to load a domain without holding it."""
-        self._cache.prefetch([self._catalog.want(self._registry.domain(name))])
+    def prefetch(self, name: str, tier: Tier) -> Json:
+        """Starts to load a domain into a tier without holding it."""
+        self._tier(tier).prefetch([self._catalog.want(self._registry.domain(name))])
         return self.show_domain(name)
+
+    async def verify(self, name: str) -> Json:
+        """Reads all bytes of a domain's files again: of each its digest, and its fault if it has one."""
+        entry = self._registry.domain(name)
+        checks = await asyncio.to_thread(self._integrity.check_domain, entry)
+        return {"name": name, "version": entry.version, "files": [asdict(check) for check in checks]}
+
+    def start(self) -> None:
+        """Begins what runs in the background."""
+        self._integrity.start()
 
     async def set_router(self, source: FileSource, *, expected_generation: int | None) -> Json:
         """Checks a router file, makes it the store's router and the live one. Refusals change nothing."""
@@ -133,6 +155,7 @@ class StoreAdmin:
     async def close(self) -> None:
         """Waits for nothing: what is still leased when the server ends is tidied at its next start."""
         self._downloads.close()
+        await asyncio.to_thread(self._integrity.close)
         for retirement in self._retirements:
             retirement.cancel()
         await asyncio.gather(*self._retirements, return_exceptions=True)
@@ -172,12 +195,13 @@ class StoreAdmin:
     def _replace(self, previous: DomainEntry, entry: DomainEntry) -> None:
         """The old version goes when its last lease ends; the new one is pinned if the old one was and if it fits."""
         old_key = self._catalog.versions.key(previous)
-        old = self._entries().get(old_key)
-        self._finish_retirement(previous, self._cache.retire(old_key))
-        if old is not None and old.pinned:
+        tiers = [self._cache] if self._catalog.host is None else [self._cache, self._catalog.host]
+        pinned_in = [tier for tier in tiers if (old := tier.entry(old_key)) is not None and old.pinned]
+        self._finish_retirement(previous, self._catalog.retire(previous))
+        for tier in pinned_in:
             want = self._catalog.want(entry)
             try:
-                self._cache.pin(want.key, want.bytes)
+                tier.pin(want.key, want.bytes)
             except MixTooLarge as error:
                 logger.warning("replaced domain is not pinned any more name=%s reason=%r", entry.name, str(error))
 
@@ -202,30 +226,52 @@ class StoreAdmin:
         )
         return freed_bytes
 
-    def _entries(self) -> dict[str, CacheEntrySnapshot]:
-        return {entry.key: entry for entry in self._cache.snapshot().entries}
+    def _tier(self, tier: Tier) -> ResidentCache[ResidentDomain]:
+        if tier == "device":
+            return self._cache
+        if self._catalog.host is None:
+            raise InvalidRequest(
+                "tier: this server has no host tier; one is kept where the device is CUDA", param="tier"
+            )
+        return self._catalog.host
 
     def _shown(self, entry: DomainEntry) -> Json:
-        """`state` is absent, loading, resident, or damaged: then its files cannot be read."""
+        """`state` is absent, loading, resident, or damaged: then its files are not what was registered.
+
+        `router` is what the live router knows of it: an unknown domain is served when a request names it.
+        """
+        shown = _described(entry) | {"router": knowledge_of(self._routing.router, entry)}
         try:
             want = self._catalog.want(entry)
         except LoadFailed as error:
             damaged = {"state": "damaged", "error": str(error)}
-            return _described(entry) | damaged | {"resident_bytes": None, "leases": 0, "pinned": False}
-        cached = self._entries().get(want.key)
-        return _described(entry) | {
+            return shown | damaged | {"resident_bytes": None, "leases": 0, "pinned": False}
+        cached = self._cache.entry(want.key)
+        shown |= {
             "state": "absent" if cached is None else cached.state,
             "resident_bytes": want.bytes,
             "leases": 0 if cached is None else cached.leases,
             "pinned": cached is not None and cached.pinned,
         }
+        if faults := self._integrity.faults_of(entry):
+            shown |= {"damaged_files": [asdict(fault) for fault in faults]}
+        return shown
 
     def _shown_router(self) -> Json | None:
-        """`stale` names the domains whose stacks are others than the router was trained against."""
+        """How the router fits the store.
+
+        `stale` names the domains whose stacks are others than it was trained against, `missing` those that it knows and
+        the store has not, `unknown` those that the store has and it does not know.
+        """
         manifest, live = self._registry.manifest, self._routing.router
         if manifest.router is None:
             return None
-        return asdict(manifest.router) | {"stale": [] if live is None else stale_domains(live, manifest.domains)}
+        trained = {} if live is None else live.stack_digests
+        return asdict(manifest.router) | {
+            "stale": [] if live is None else stale_domains(live, manifest.domains),
+            "missing": sorted(trained.keys() - self._registry.by_name.keys()),
+            "unknown": [entry.name for entry in manifest.domains if entry.name not in trained],
+        }
 
 
 def _described(entry: DomainEntry) -> Json:

@@ -20,16 +20,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
 
-from cachetools import TTLCache
+from cachetools import LRUCache, TTLCache
 
 from stack_store.cache_observer import CacheObserver as CacheObserver
 from stack_store.cache_observer import SilentObserver
 from stack_store.cache_snapshot import CacheEntrySnapshot as CacheEntrySnapshot
 from stack_store.cache_snapshot import CacheSnapshot as CacheSnapshot
-from stack_store.errors import CacheClosed, CacheError, LoadFailed, MixTooLarge
+from stack_store.errors import CacheClosed, CacheError, LoadFailed, MemoryExhausted, MixTooLarge
 from stack_store.lease import Lease as Lease
 from stack_store.lease import release_when_granted as release_when_granted
-from stack_store.residents import Residents
+from stack_store.residents import Resident, Residents
 from stack_store.residents import Want as Want
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class _Request(Generic[V]):
     asked_at: float
     pins: bool
     future: Future[Lease[V]] = field(default_factory=Future)
-    granted_at: float = 0.0
+    granted_at: float | None = None
     cold: frozenset[str] = frozenset()
 
     def wants_key(self, key: str) -> bool:
@@ -88,8 +88,13 @@ class ResidentCache(Generic[V]):
         self._pins: dict[str, _Request[V]] = {}
         self._retiring: dict[str, list[Future[int]]] = {}
         self._failures: TTLCache[str, Exception] = TTLCache(MAX_REMEMBERED_FAILURES, failure_ttl_seconds, timer=clock)
+        self._failing: LRUCache[str, None] = LRUCache(MAX_REMEMBERED_FAILURES)  # keys whose latest load failed
         self._answers: list[Callable[[], None]] = []  # given without the lock, since a future runs its callbacks
         self._closed = False
+
+    @property
+    def budget_bytes(self) -> int:
+        return self._residents.budget_bytes
 
     def lease(self, wanted: Sequence[Want]) -> Future[Lease[V]]:
         """A lease on all wanted values, once all are resident. Who no longer wants it calls release_when_granted.
@@ -142,19 +147,15 @@ class ResidentCache(Generic[V]):
         with self._lock:
             return self._num_leases(key)
 
+    def entry(self, key: str) -> CacheEntrySnapshot | None:
+        """One resident as it is now, if it is one."""
+        with self._lock:
+            resident = self._residents.by_key.get(key)
+            return None if resident is None else self._entry(resident)
+
     def snapshot(self) -> CacheSnapshot:
         with self._lock:
-            entries = tuple(
-                CacheEntrySnapshot(
-                    key=resident.key,
-                    bytes=resident.bytes,
-                    state="loading" if resident.loaded is None else "resident",
-                    leases=self._num_leases(resident.key),
-                    pinned=resident.key in self._pins,
-                    last_used=resident.last_used,
-                )
-                for resident in self._residents.by_key.values()
-            )
+            entries = tuple(map(self._entry, self._residents.by_key.values()))
             return CacheSnapshot(
                 budget_bytes=self._residents.budget_bytes,
                 resident_bytes=self._residents.claimed_bytes,
@@ -270,27 +271,37 @@ class ResidentCache(Generic[V]):
 
     def _run_load(self, key: str) -> None:
         """In a loader's thread."""
-        started_at = self._clock()
         try:
             value = self._load(key)
-        except Exception as error:
-            logger.exception("domain load failed key=%s", key)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is logged and belongs to those who wait
+            self._log_failure(key, error)
             traceback.clear_frames(error.__traceback__)  # a remembered error must not keep half a domain in memory
             with self._changing():
                 self._fail(key, error)
         else:
             with self._changing():
-                self._finish(key, value, self._clock() - started_at)
+                self._finish(key, value)
 
-    def _finish(self, key: str, value: V, seconds: float) -> None:
+    def _log_failure(self, key: str, error: Exception) -> None:
+        """Once for each fault, however often the load is tried again; the tier below has told of its own."""
+        if isinstance(error, LoadFailed):
+            return
+        with self._lock:
+            is_new, self._failing[key] = key not in self._failing, None
+        logger.log(logging.ERROR if is_new else logging.DEBUG, "domain load failed key=%s", key, exc_info=error)
+
+    def _finish(self, key: str, value: V) -> None:
         self._residents.finish(key, value)
-        self._observer.loaded(key, self._residents.by_key[key].bytes, seconds)
+        if key in self._failing:
+            del self._failing[key]
+            logger.info("domain load healed key=%s", key)
         for request in list(self._granted):
             self._lease_if_loaded(request)
 
     def _fail(self, key: str, error: Exception) -> None:
         self._failures[key] = error
-        self._observer.failed(key, error)
+        if not isinstance(error, LoadFailed):
+            self._observer.failed(key, error)
         for request in [request for request in self._granted if request.wants_key(key)]:
             self._reject(request, _load_failed(key, error))
         self._residents.drop(key)
@@ -298,6 +309,7 @@ class ResidentCache(Generic[V]):
     def _lease_if_loaded(self, request: _Request[V]) -> None:
         if not all(self._residents.is_loaded(want.key) for want in request.wants):
             return
+        assert request.granted_at is not None
         self._granted.remove(request)
         self._leased.append(request)
         lease = Lease(
@@ -331,12 +343,26 @@ class ResidentCache(Generic[V]):
                 holders.remove(request)
                 self._residents.unhold(request.wants)
 
+    def _entry(self, resident: Resident[V]) -> CacheEntrySnapshot:
+        return CacheEntrySnapshot(
+            key=resident.key,
+            bytes=resident.bytes,
+            state="loading" if resident.loaded is None else "resident",
+            leases=self._num_leases(resident.key),
+            pinned=resident.key in self._pins,
+            last_used=resident.last_used,
+        )
+
     def _num_leases(self, key: str) -> int:
-        return sum(request.wants_key(key) and not request.pins for request in (*self._granted, *self._leased))
+        resident, pin = self._residents.by_key.get(key), self._pins.get(key)
+        is_held_by_pin = pin is not None and pin.granted_at is not None
+        return 0 if resident is None else resident.holds - is_held_by_pin
 
 
 def _load_failed(key: str, error: Exception) -> LoadFailed:
-    failure = LoadFailed(f"{key} could not be loaded")  # why is in the log: it may name files
+    lacks_memory = isinstance(error, MemoryError | MemoryExhausted)
+    kind, reason = (MemoryExhausted, ": there is no memory for it") if lacks_memory else (LoadFailed, "")
+    failure = kind(f"{key} could not be loaded{reason}")  # what else there is to say is in the log: it may name files
     failure.__cause__ = error
     return failure
 

@@ -8,7 +8,6 @@ class CacheObserver(Protocol):
 
     def lookup(self, hit: bool) -> None: ...
     def evicted(self, key: str, num_bytes: int) -> None: ...
-    def loaded(self, key: str, num_bytes: int, seconds: float) -> None: ...
     def failed(self, key: str, error: Exception) -> None: ...
     def resident(self, num_bytes: int) -> None: ...
 
@@ -20,9 +19,6 @@ class SilentObserver:
         pass
 
     def evicted(self, key: str, num_bytes: int) -> None:
-        pass
-
-    def loaded(self, key: str, num_bytes: int, seconds: float) -> None:
         pass
 
     def failed(self, key: str, error: Exception) -> None:

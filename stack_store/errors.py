@@ -21,9 +21,12 @@ StoreError
 ├── ObjectDenied          the storage does not let us read it
 ├── ObjectUnavailable     the storage can't be reached, or broke off
 ├── DownloadStopped       the server ends before the object is here
+├── DiskFull              the disk has no room for what was to be written
+├── DiskFailed            the disk cannot be read or written
 └── CacheError
     ├── MixTooLarge       a mix that could never be resident at once
     ├── LoadFailed        a domain of the mix could not be loaded
+    │   └── MemoryExhausted   because there is no memory for it at present
     ├── LeaseTimedOut     the mix was not resident in time
     └── CacheClosed       the cache was closed before the lease was granted
 """
@@ -116,6 +119,14 @@ class DownloadStopped(StoreError):
     pass
 
 
+class DiskFull(StoreError):
+    pass
+
+
+class DiskFailed(StoreError):
+    pass
+
+
 class CacheError(StoreError):
     pass
 
@@ -125,6 +136,10 @@ class MixTooLarge(CacheError):
 
 
 class LoadFailed(CacheError):
+    pass
+
+
+class MemoryExhausted(LoadFailed):
     pass
 
 

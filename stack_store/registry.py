@@ -191,7 +191,7 @@ class StackRegistry:
             changed = replace(manifest, domains=_with_domain(manifest, entry))
             if not dry_run:
                 for stack, copy in zip(entry.stacks, copies, strict=True):
-                    self._commit(copy, stack.file)
+                    self._commit(copy, stack.file, cleanup)
                 self._publish(changed)
             return Registration(
                 entry=entry,
@@ -226,7 +226,7 @@ class StackRegistry:
                 changed = replace(changed, router=router_entry)
                 staged.append((copy, router_entry.file))
             for copy, file in staged:
-                self._commit(copy, file)
+                self._commit(copy, file, cleanup)
             self._publish(changed)
             return self._manifest
 
@@ -256,7 +256,7 @@ class StackRegistry:
         """Copies a router file into the store and makes it the active one. Its content is the router's own affair."""
         with self._writing(expected_generation) as manifest, ExitStack() as cleanup:
             entry, staged = self._stage_router(source, cleanup)
-            self._commit(staged, entry.file)
+            self._commit(staged, entry.file, cleanup)
             self._publish(replace(manifest, router=entry))
             return self._manifest
 
@@ -276,9 +276,16 @@ class StackRegistry:
         digest = TensorFile(file, name=str(file.name)).verify(copy_to=staged.file)
         return RouterEntry(digest=digest, file=router_file(digest), bytes=staged.file.tell()), staged
 
-    def _commit(self, staged: StagedFile, file: str) -> None:
+    def _commit(self, staged: StagedFile, file: str, cleanup: ExitStack) -> None:
+        """The file has its name; with `cleanup` it goes again unless the manifest names it by then."""
         make_folder((self.path / file).parent)
+        cleanup.callback(self._remove_unnamed, file)
         staged.commit(self.path / file)
+
+    def _remove_unnamed(self, file: str) -> None:
+        if file not in _named_files(self._manifest):
+            (self.path / file).unlink(missing_ok=True)
+            _remove_if_empty((self.path / file).parent)
 
     def _publish(self, changed: Manifest) -> None:
         """Last step of every write: until here, the store is the old one."""
@@ -288,10 +295,7 @@ class StackRegistry:
             self._manifest = changed
 
     def _remove_leftovers(self) -> None:
-        manifest = read_manifest(self.path / MANIFEST)
-        named = {stack.file for domain in manifest.domains for stack in domain.stacks}
-        if manifest.router is not None:
-            named.add(manifest.router.file)
+        named = _named_files(read_manifest(self.path / MANIFEST))
         for pattern, own in OWN_FILES.items():
             for path in self.path.glob(pattern):
                 if path.is_file() and own.fullmatch(path.name) and str(path.relative_to(self.path)) not in named:
@@ -299,6 +303,11 @@ class StackRegistry:
                     path.unlink()
         for folder in (self.path / "domains").iterdir():
             _remove_if_empty(folder)
+
+
+def _named_files(manifest: Manifest) -> set[str]:
+    named = {stack.file for domain in manifest.domains for stack in domain.stacks}
+    return named if manifest.router is None else named | {manifest.router.file}
 
 
 def _is_of_creation(path: Path) -> bool:

@@ -40,10 +40,10 @@ from server.admission import Admission
 from server.app import create_app
 from server.catalog import Catalog, Versions
 from server.config import load_settings
-from server.domain_loader import DomainLoader
+from server.domain_loader import DeviceLoader, FileLoader
 from server.downloads import Downloads
 from server.gap_log import GapLog
-from server.metrics import ServerMetrics
+from server.metrics import FILE_SOURCE, ServerMetrics, TierMetrics
 from server.prompts import PromptReader
 from server.routing import Routing
 from server.service import Service
@@ -52,6 +52,7 @@ from server.store_admin import StoreAdmin
 from server.token_text import TokenText
 from stack_store.cache import ResidentCache
 from stack_store.downloads import CHUNK_BYTES, Downloader
+from stack_store.integrity import IntegrityCheck
 from stack_store.object_storage import ObjectStorage
 from stack_store.registry import StackRegistry
 from stack_store.uploads import BlobStore
@@ -321,7 +322,8 @@ def run_live_server(
     metrics, versions, may_load = ServerMetrics(version="0", base=BASE), Versions(), threading.Event()
     may_load.set()
 
-    loader = DomainLoader(registry, versions, metrics, dtype=torch.float32, device=torch.device("cpu"), panelled=False)
+    files = FileLoader(registry, versions, metrics, torch.float32, torch.device("cpu"), panelled=False)
+    loader = DeviceLoader(files, None)
 
     def load(key: str) -> ResidentDomain:
         may_load.wait(WAIT_SECONDS)
@@ -329,7 +331,9 @@ def run_live_server(
 
     one_domain = registry.resident_bytes(registry.manifest.domains[0], torch.float32)
     budget_bytes = int(one_domain * budget_domains)
-    cache = ResidentCache[ResidentDomain](budget_bytes=budget_bytes, load=load, observer=metrics)
+    cache = ResidentCache[ResidentDomain](
+        budget_bytes=budget_bytes, load=load, observer=TierMetrics(metrics, "device", FILE_SOURCE)
+    )
     catalog = Catalog(
         registry, cache, versions, dtype=torch.float32, lease_timeout_seconds=chosen.store.lease_timeout_seconds
     )
@@ -353,7 +357,14 @@ def run_live_server(
     blobs = BlobStore(folder / "store" / "uploads", max_bytes=chosen.server.max_upload_bytes)
     sources = Sources(registry, blobs, import_root=folder / "import" if has_import_root else None)
     downloads = make_downloads(sources, metrics, storage, chunk_bytes=download_chunk_bytes)
-    store_admin = StoreAdmin(catalog, routing, sources, downloads, budget_bytes=budget_bytes)
+    integrity = IntegrityCheck(
+        registry,
+        metrics,
+        bytes_per_second=chosen.store.verify_bytes_per_second,
+        interval_seconds=chosen.store.verify_interval_seconds,
+    )
+    metrics.integrity_damaged.set_function(lambda: integrity.num_damaged)
+    store_admin = StoreAdmin(catalog, routing, sources, downloads, integrity, budget_bytes=budget_bytes)
     with serve_app(create_app(service, store_admin, chosen)) as url:
         yield LiveServer(url, engine, router, service, registry, cache, folder / "import", may_load, routers)
         may_load.set()

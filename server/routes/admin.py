@@ -6,16 +6,31 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Path, Request, Response
 from starlette.requests import ClientDisconnect
 
-from server.access import AdminRoute
-from server.admin_schemas import RegisterDomainRequest, SetRouterRequest, Sha256
-from server.app_state import store_admin_of
+from server.access import AdminRoute, Handler
+from server.admin_schemas import RegisterDomainRequest, SetRouterRequest, Sha256, Tier
+from server.app_state import service_of, store_admin_of
+from server.disk_faults import disk_faults
 from server.errors import ClientGone, InvalidRequest
 from stack_store.uploads import BlobWriter
 
 WRITE_BYTES = 1024 * 1024
 MAX_GENERATION_DIGITS = 20
 
-router = APIRouter(prefix="/admin", route_class=AdminRoute, tags=["admin"])
+
+class StoreRoute(AdminRoute):
+    """An admin route, whose files may be on a disk that is full or broken."""
+
+    def get_route_handler(self) -> Handler:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            with disk_faults(service_of(request).metrics):
+                return await handler(request)
+
+        return handle
+
+
+router = APIRouter(prefix="/admin", route_class=StoreRoute, tags=["admin"])
 
 IfMatch = Annotated[str | None, Header(description="the generation that the caller has seen")]
 
@@ -54,15 +69,23 @@ async def remove_domain(request: Request, name: str, if_match: IfMatch = None) -
     return await store_admin_of(request).remove(name, expected_generation=_generation(if_match))
 
 
+@router.post("/domains/{name}/verify")
+async def verify_domain(request: Request, name: str) -> dict[str, Any]:
+    """Reads every byte of a domain's files again and tells of each whether it is what was registered."""
+    return await store_admin_of(request).verify(name)
+
+
 @router.post("/domains/{name}/{action}")
-async def change_residency(request: Request, name: str, action: Literal["pin", "unpin", "prefetch"]) -> dict[str, Any]:
-    """Keeps a domain resident, lets it go, or starts to load it."""
+async def change_residency(
+    request: Request, name: str, action: Literal["pin", "unpin", "prefetch"], tier: Tier = "device"
+) -> dict[str, Any]:
+    """Keeps a domain resident in a tier, lets it go, or starts to load it."""
     store_admin = store_admin_of(request)
     if action == "pin":
-        return await store_admin.pin(name)
+        return await store_admin.pin(name, tier)
     if action == "unpin":
-        return store_admin.unpin(name)
-    return store_admin.prefetch(name)
+        return store_admin.unpin(name, tier)
+    return store_admin.prefetch(name, tier)
 
 
 @router.get("/cache")

@@ -77,7 +77,8 @@ async def route(request: Request, body: RouteRequest) -> dict[str, Any]:
     service.choose(body.model, None)
     text = body.prompt if body.prompt is not None else last_user_text(body.messages or [])
     route, mix = await run_for_client(request.receive, service.route(text))
-    return {"object": "route", "scores": dict(route.scores), "mix": mix, "gap": route.gap}
+    stale = [name for name in service.stale_domains() if name in route.scores]
+    return {"object": "route", "scores": dict(route.scores), "mix": mix, "gap": route.gap, "stale": stale}
 
 
 @router.post("/tokenize")

@@ -25,6 +25,7 @@ from server.routing import Routing
 from server.sources import Sources
 from server.store_admin import StoreAdmin
 from stack_store.cache import ResidentCache
+from stack_store.integrity import IntegrityCheck
 from stack_store.uploads import BlobStore
 from tests.fakes import tiny_geometry, tiny_header, write_random_stack
 from tests.integration.server.conftest import ADMIN_KEY
@@ -453,8 +454,10 @@ def test_live_router_is_the_one_that_was_written_last(tmp_path: Path) -> None:
         catalog = Catalog(registry, cache, Versions(), dtype=torch.float32, lease_timeout_seconds=60)
         blobs = BlobStore(tmp_path / "store" / "uploads", max_bytes=10**6)
         sources = Sources(registry, blobs, import_root=tmp_path / "import")
-        downloads = make_downloads(sources, ServerMetrics(version="0", base="tiny"))
-        store_admin = StoreAdmin(catalog, routing, sources, downloads, budget_bytes=1)
+        metrics = ServerMetrics(version="0", base="tiny")
+        downloads = make_downloads(sources, metrics)
+        integrity = IntegrityCheck(registry, metrics, bytes_per_second=0, interval_seconds=0)
+        store_admin = StoreAdmin(catalog, routing, sources, downloads, integrity, budget_bytes=1)
         await asyncio.gather(
             *(
                 store_admin.set_router(FileSource(path=f"{domain}.safetensors"), expected_generation=None)

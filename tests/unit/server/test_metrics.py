@@ -1,7 +1,7 @@
 """Metrics: labels stay few, registries stay apart."""
 
 from server.meter import RequestMeter
-from server.metrics import DomainLabels, ServerMetrics
+from server.metrics import DomainLabels, ServerMetrics, TierMetrics
 from tests.fakes import ManualClock
 
 
@@ -17,22 +17,27 @@ def test_two_servers_in_one_process_do_not_share_numbers() -> None:
     assert other.registry.get_sample_value("brainstacks_domain_selected_total", {"domain": "math"}) is None
 
 
-def test_cache_events_are_counted() -> None:
+def test_events_of_a_tier_are_counted_as_its_own() -> None:
     metrics = ServerMetrics(version="1", base="tiny")
-    metrics.lookup(True)
-    metrics.loaded("math@1", 200, 0.5)
-    metrics.files_read(100)
-    metrics.evicted("math@1", 100)
-    metrics.failed("math@1", ValueError("broken"))
-    metrics.resident(300)
+    host, device = TierMetrics(metrics, "host", "file"), TierMetrics(metrics, "device", "host")
+    host.lookup(True)
+    host.evicted("math@1", 100)
+    host.failed("math@1", ValueError("broken"))
+    host.resident(300)
+    device.resident(200)
+    metrics.loaded("file", 100, 0.5)
     sample = metrics.registry.get_sample_value
-    assert sample("brainstacks_stack_cache_lookups_total", {"tier": "device", "result": "hit"}) == 1
-    assert sample("brainstacks_stack_cache_lookups_total", {"tier": "device", "result": "miss"}) == 0
+    assert sample("brainstacks_stack_cache_lookups_total", {"tier": "host", "result": "hit"}) == 1
+    assert sample("brainstacks_stack_cache_lookups_total", {"tier": "host", "result": "miss"}) == 0
+    assert sample("brainstacks_stack_cache_lookups_total", {"tier": "device", "result": "hit"}) == 0
     assert sample("brainstacks_stack_load_bytes_total", {"source": "file"}) == 100
     assert sample("brainstacks_stack_load_seconds_sum", {"source": "file"}) == 0.5
+    assert sample("brainstacks_stack_load_bytes_total", {"source": "host"}) == 0
     assert sample("brainstacks_stack_load_failures_total", {"source": "file"}) == 1
-    assert sample("brainstacks_stack_cache_evictions_total", {"tier": "device"}) == 1
-    assert sample("brainstacks_stack_cache_resident_bytes", {"tier": "device"}) == 300
+    assert sample("brainstacks_stack_load_failures_total", {"source": "host"}) == 0
+    assert sample("brainstacks_stack_cache_evictions_total", {"tier": "host"}) == 1
+    assert sample("brainstacks_stack_cache_resident_bytes", {"tier": "host"}) == 300
+    assert sample("brainstacks_stack_cache_resident_bytes", {"tier": "device"}) == 200
 
 
 def test_tokens_that_come_together_share_the_gap() -> None:

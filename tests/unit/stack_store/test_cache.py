@@ -35,9 +35,6 @@ class Notes:
     def evicted(self, key: str, num_bytes: int) -> None:
         self.heard.append(("evicted", key, num_bytes))
 
-    def loaded(self, key: str, num_bytes: int, seconds: float) -> None:
-        self.heard.append(("loaded", key, num_bytes, seconds))
-
     def failed(self, key: str, error: Exception) -> None:
         self.heard.append(("failed", key, str(error)))
 
@@ -441,7 +438,6 @@ def test_hits_and_misses_are_told_apart() -> None:
     bench.leased(A, B)
     lookups = [heard for heard in bench.notes.heard if heard[0] == "lookup"]
     assert lookups == [("lookup", False), ("lookup", True), ("lookup", False)]
-    assert ("loaded", "b", 10, 0.5) in bench.notes.heard
 
 
 def test_a_snapshot_shows_who_is_where() -> None:
