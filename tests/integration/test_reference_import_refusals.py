@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,28 @@ def test_a_truncated_file_is_refused(kept: float, importer: Importer) -> None:
     path = importer.folder / "stacks" / "math" / "stack_1.pt"
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
     assert "stacks/math/stack_1.pt is not a torch archive of plain tensors" in importer.refusal(write=False)
+
+
+def test_a_file_of_other_bytes_than_were_written_is_refused(importer: Importer) -> None:
+    """One bit of a weight: torch reads archives without looking at their checksums."""
+    importer.files.write(importer.folder)
+    path = importer.folder / "stacks" / "math" / "stack_1.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert "stacks/math/stack_1.pt is damaged: its part 'stack_1/data/" in importer.refusal(write=False)
+
+
+def test_a_compressed_archive_is_refused(importer: Importer) -> None:
+    """torch.save compresses nothing, and a small file could unfold into more than there is memory."""
+    importer.files.write(importer.folder)
+    path = importer.folder / "stacks" / "math" / "stack_1.pt"
+    with zipfile.ZipFile(path) as plain:
+        parts = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in parts.items():
+            packed.writestr(name, content)
+    assert "stacks/math/stack_1.pt is not a torch archive of plain tensors: 'stack_1/" in importer.refusal(write=False)
 
 
 @pytest.mark.parametrize("junk", [b"junk", b"\x80\x04.", b"\x80\x02}q\x00.", b"PK\x03\x04", b"{}" * 1000, b""])
