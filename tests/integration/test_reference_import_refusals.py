@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,11 @@ def only_noise(state: dict[str, Any]) -> None:
     state[f"{UP}.noise_linear.weight"] = noise
 
 
+# torch warns of the constructor, not of the archive.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    NESTED = torch.nested.nested_tensor([torch.zeros(2, 64), torch.zeros(2, 64)])
+
 STACK_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "missing projection": (drop(UP), "projection layers.1.mlp.up_proj is missing"),
     "first projection missing": (drop(Q), "projection layers.0.self_attn.q_proj is missing"),
@@ -162,6 +168,11 @@ STACK_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "tensor without values": (
         put(f"{UP}.router.weight", torch.empty(4, 64, device="meta")),
         "is torch.strided on meta, must be dense, on the CPU",
+    ),
+    "nested": (put(f"{UP}.router.weight", NESTED), "is nested on cpu, must be dense, on the CPU"),
+    "one value for many": (
+        put(f"{UP}.router.weight", torch.zeros(1, 1).expand(4, 64)),
+        f"tensor '{UP}.router.weight' promises 256 values, its storage has 1",
     ),
     "no tensor": (put(f"{UP}.router.weight", [1.0]), f"'{UP}.router.weight' is a list, must be a tensor"),
 }
@@ -344,6 +355,13 @@ def state(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]],
     return lambda router: change(router["state_dict"])
 
 
+def widened(router: dict[str, Any]) -> None:
+    """A file of a few thousand bytes whose network would take 80 GB."""
+    for key, tensor in router["state_dict"].items():
+        shape = [{24: 100_000, 48: 200_000}.get(length, length) for length in tensor.shape]
+        router["state_dict"][key] = torch.zeros([1] * tensor.ndim).expand(shape)
+
+
 ROUTER_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another domain": (
         put("domain_names", ["math", "chat", "law"]),
@@ -378,6 +396,7 @@ ROUTER_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "misshapen": (state(put("ff.0.weight", torch.zeros(24, 24))), "'ff.0.weight' has shape [24, 24], must be [24, 48]"),
     "NaN": (state(spoil("ff.4.weight", float("nan"))), "tensor 'ff.4.weight' holds a value that is not finite"),
     "float64": (state(cast("out.bias", torch.float64)), "tensor 'out.bias' is torch.float64, must be one of"),
+    "width that only strides have": (widened, "tensor 'domain_queries' promises 300000 values, its storage has 1"),
     "no tensor": (state(put("out.bias", 1.0)), "'out.bias' is a float, must be a tensor"),
 }
 
