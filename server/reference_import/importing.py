@@ -3,7 +3,6 @@
 Knows the order of these steps, not the formats.
 """
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from server.reference_import.published_store import PublishedStore, read_publish
 from server.reference_import.report import Converted, ImportReport
 from server.reference_import.settings import RouterSettings, StackSettings
 from server.reference_import.target import Target, find_target, require_model
+from server.reference_import.work_folder import work_folder
 
 OnProgress = Callable[[int, int], object]  # stacks converted, stacks in all
 
@@ -56,12 +56,12 @@ def _run(plan: ImportPlan, on_progress: OnProgress) -> ImportReport:
     target = find_target(plan.store, plan.base)
     require_model(published.model, target, trained_on=plan.trained_on)
     router = _read_router(plan.router, folder, published, target)
-    with tempfile.TemporaryDirectory(prefix=".brainstacks-import-", dir=_nearest_folder(plan.store)) as temporary:
-        stacks = _convert(plan, folder, published, target, Path(temporary), on_progress)
+    with work_folder(_nearest_folder(plan.store)) as temporary:
+        stacks = _convert(plan, folder, published, target, temporary, on_progress)
         router_path = None
         if router is not None:
             digests = {name: tuple(stack.digest for stack in rounds) for name, rounds in stacks.items()}
-            router, router_path = replace(router, stack_digests=digests), Path(temporary) / "router.safetensors"
+            router, router_path = replace(router, stack_digests=digests), temporary / "router.safetensors"
             _require_free_router(plan, target, router.save(router_path))
         generation = None if plan.dry_run else _change(target, stacks, router_path)
     return ImportReport(target.base.fingerprint, stacks, router, generation)

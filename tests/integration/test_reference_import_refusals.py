@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from engine.model.base import BaseIdentity, identify_base
 from server.cli import app
+from stack_store.locks import FolderShare
 from stack_store.registry import StackRegistry
 from tests.published import PublishedFiles, published_files
 
@@ -447,6 +448,20 @@ def test_a_dry_run_checks_everything_and_leaves_nothing(importer: Importer) -> N
     assert contents(importer.store.parent) == before
     spoil(f"{UP}.router.weight", float("nan"))(importer.files.stacks["math"][1])
     assert "not finite" in importer.refusal("--dry-run")
+
+
+def test_what_a_killed_import_left_beside_the_store_is_removed(importer: Importer, tmp_path: Path) -> None:
+    left, running = (tmp_path / f".brainstacks-import-{name}" for name in ("left", "running"))
+    for folder in (left, running):
+        folder.mkdir()
+        (folder / "chat-1.safetensors").write_bytes(b"half")
+    share = FolderShare(running, when_alone=lambda: None)  # as another import holds it while it lives
+    importer.accept()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [running.name, "published", "store"]
+    assert (running / "chat-1.safetensors").is_file()
+    share.close()
+    importer.accept("--dry-run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["published", "store"]
 
 
 def test_an_import_is_one_change_and_the_same_once_more_is_none(importer: Importer) -> None:
