@@ -17,6 +17,7 @@ class ConvertedStack:
 
     path: Path
     digest: str
+    published_digest: str
     num_vision_tensors: int
     num_noise_tensors: int
 
@@ -34,7 +35,7 @@ def convert_stack(
     num_vision, num_noise = stack.num_vision_tensors, stack.num_noise_tensors
     groups = pack_groups(header, stack.projections)
     del stack  # as large as the groups
-    return ConvertedStack(path, write_stack(path, header, groups), num_vision, num_noise)
+    return ConvertedStack(path, write_stack(path, header, groups), published_digest, num_vision, num_noise)
 
 
 def _read(folder: PublishedFolder, file: str, base: BaseIdentity) -> tuple[PublishedStack, str]:

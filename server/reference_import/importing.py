@@ -97,6 +97,7 @@ def _convert(
 ) -> Converted:
     """Every stack as a file in the temporary folder."""
     stacks: dict[str, tuple[ConvertedStack, ...]] = {}
+    owners: dict[str, str] = {}  # published digest -> whose it is
     num_done = 0
     for domain in published.domains:
         rounds = []
@@ -104,7 +105,11 @@ def _convert(
             on_progress(num_done, published.num_stacks)
             path = temporary / f"{domain.name}-{round}.safetensors"
             how, base = plan.stacks, target.base
-            rounds.append(convert_stack(folder, file, path, domain=domain.name, round=round, base=base, how=how))
+            stack = convert_stack(folder, file, path, domain=domain.name, round=round, base=base, how=how)
+            owner = f"round {round} of domain {domain.name!r}"
+            if (other := owners.setdefault(stack.published_digest, owner)) != owner:
+                raise ReferenceRefused(f"{file} is a copy of {other}")  # what belongs there is missing
+            rounds.append(stack)
             num_done += 1
         stacks[domain.name] = tuple(rounds)
         _require_free_domain(plan, target, domain.name, stacks[domain.name])

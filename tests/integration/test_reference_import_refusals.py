@@ -307,6 +307,14 @@ def test_one_file_for_two_rounds_is_refused(importer: Importer) -> None:
     assert "stacks/chat/stack_1.pt is the stack of round 1 of domain 'chat' and of round 2 of domain 'chat'" in error
 
 
+def test_a_copy_of_one_round_as_another_is_refused(importer: Importer) -> None:
+    importer.files.write(importer.folder)
+    math = importer.folder / "stacks" / "math"
+    (math / "stack_2.pt").write_bytes((math / "stack_1.pt").read_bytes())
+    told = "stacks/math/stack_2.pt is a copy of round 1 of domain 'math'"
+    assert told in importer.refusal(write=False)
+
+
 def domain_field(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda manifest: manifest["domains"][1].update({key: value})
 
