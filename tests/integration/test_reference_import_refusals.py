@@ -346,6 +346,12 @@ def test_a_manifest_that_is_not_as_published_is_refused(fault: str, importer: Im
     assert told in importer.refusal()
 
 
+def test_what_a_file_says_cannot_steer_the_terminal(importer: Importer) -> None:
+    importer.files.manifest["\x1b[2J\nstore is at generation 1"] = 1
+    told = "error: manifest.json: \\x1b[2J\\nstore is at generation 1: Extra inputs are not permitted, got 1"
+    assert importer.refusal() == told
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"model": 1}', "\ufeff{}"])
 def test_a_manifest_that_is_no_object_is_refused(text: str, importer: Importer) -> None:
     importer.files.write(importer.folder)
