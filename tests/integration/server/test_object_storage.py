@@ -149,6 +149,39 @@ def test_the_same_digest_is_downloaded_once(s3_port: int, tmp_path: Path, law: P
         assert num_downloaded(server) == len(law.content)
 
 
+def damage(path: Path) -> None:
+    """Its last weight is another, so that it is a sound stack, but not the one that it was."""
+    path.write_bytes(path.read_bytes()[:-2] + b"\0\0")
+
+
+def test_a_damaged_copy_does_not_pass_for_the_file_of_its_digest(s3_port: int, tmp_path: Path, law: Published) -> None:
+    with serving(tmp_path, s3_port) as (server, client):
+        assert put_law(client, law.source).status_code == 201
+        stored = server.registry.stack_path(server.registry.domain("law").stacks[0])
+        damage(stored)
+        assert refusal(put_law(client, {"sha256": law.sha256})) == (404, "upload_not_found")
+        again = put_law(client, law.source)
+        assert (again.status_code, again.json()["changed"]) == (200, False)
+        assert stored.read_bytes() == law.content
+
+
+def test_a_damaged_upload_is_downloaded_again(s3_port: int, tmp_path: Path, law: Published) -> None:
+    with serving(tmp_path, s3_port) as (server, client):
+        assert put_law(client, law.source, dry_run=True).status_code == 200
+        damage(server.registry.path / "uploads" / law.sha256)
+        response = put_law(client, law.source)
+        assert [stack["digest"] for stack in response.json()["stacks"]] == [law.sha256]
+        assert num_downloaded(server) == 2 * len(law.content)
+
+
+def test_a_damaged_upload_is_forgotten(s3_port: int, tmp_path: Path, law: Published) -> None:
+    with serving(tmp_path, s3_port) as (server, client):
+        assert client.put(f"/admin/blobs/{law.sha256}", content=law.content).status_code == 200
+        damage(server.registry.path / "uploads" / law.sha256)
+        assert refusal(put_law(client, {"sha256": law.sha256})) == (404, "upload_not_found")
+        assert left_among_uploads(server) == {}
+
+
 def test_a_router_is_set_by_url_and_stays(s3_port: int, tmp_path: Path) -> None:
     file = publish(s3_port, "router.safetensors", big_file(num_bytes=1000))
     with serving(tmp_path, s3_port) as (server, client):
