@@ -91,21 +91,25 @@ def law(s3_port: int, tmp_path: Path) -> Published:
 
 
 @contextmanager
-def serving(folder: Path, port: int, *, max_upload_bytes: int = 10**8) -> Iterator[tuple[LiveServer, httpx.Client]]:
+def serving(
+    folder: Path, port: int, *, max_upload_bytes: int = 10**8, num_retries: int = 2
+) -> Iterator[tuple[LiveServer, httpx.Client]]:
     """A server that may fetch from the bucket at that port; the driver does not try again by itself."""
     options = {"endpoint_url": f"http://127.0.0.1:{port}", "config_kwargs": {"retries": {"max_attempts": 0}}}
     store = {"object_roots": [ROOT], "object_options": {"s3": options}}
-    with running(folder, store, max_upload_bytes=max_upload_bytes) as both:
+    with running(folder, store, max_upload_bytes=max_upload_bytes, num_retries=num_retries) as both:
         yield both
 
 
 @contextmanager
 def running(
-    folder: Path, store: Mapping[str, object], *, max_upload_bytes: int = 10**8
+    folder: Path, store: Mapping[str, object], *, max_upload_bytes: int = 10**8, num_retries: int = 2
 ) -> Iterator[tuple[LiveServer, httpx.Client]]:
     settings = {"server": {"admin_key": KEY, "max_upload_bytes": max_upload_bytes}, "store": store}
     with (
-        run_live_server(folder, settings=settings, download_chunk_bytes=CHUNK_BYTES) as server,
+        run_live_server(
+            folder, settings=settings, download_chunk_bytes=CHUNK_BYTES, num_download_retries=num_retries
+        ) as server,
         server.client(KEY) as client,
     ):
         yield server, client
@@ -215,11 +219,14 @@ def test_broken_connections_are_mended_within_the_call(s3_port: int, tmp_path: P
 def test_an_outage_that_the_driver_gives_up_on_is_outlasted(
     s3_port: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The driver reads again by itself, but gives up when it can't connect."""
+    """The driver reads again by itself, up to five times if it got to connect and once if it did not.
+
+    So eight refusals are more than one of its calls outlasts, and nine breaks the most that come of them.
+    """
     file = publish(s3_port, "big.safetensors", big_file(num_bytes=500_000))
     with (
-        BreakingProxy(s3_port, breaks=[300_000], num_refused=3) as proxy,
-        serving(tmp_path, proxy.port) as (server, client),
+        BreakingProxy(s3_port, breaks=[300_000], num_refused=8) as proxy,
+        serving(tmp_path, proxy.port, num_retries=9) as (server, client),
     ):
         server.routers[file.content[-8:].hex()] = ScriptedRouter()
         response = client.put("/admin/router", json=file.source)
