@@ -3,7 +3,7 @@
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedWriter
 from pathlib import Path
 
@@ -29,7 +29,8 @@ class StagedFile:
 
     def discard(self) -> None:
         """Removes the bytes, unless they were committed. Idempotent."""
-        self.file.close()
+        with suppress(OSError):  # a full disk cannot take what is still buffered, and nobody wants it any more
+            self.file.close()
         self._temporary.unlink(missing_ok=True)
 
 
