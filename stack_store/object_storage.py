@@ -119,6 +119,9 @@ def _told_apart(url: ObjectUrl) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):  # HTTP's driver could not connect
+            raise ObjectUnavailable(f"object {url} can't be read: {type(cause).__name__}") from error
         raise ObjectNotFound(f"there is no object {url}") from error
     except PermissionError as error:
         raise ObjectDenied(f"the storage denies access to {url}, or has no such object") from error

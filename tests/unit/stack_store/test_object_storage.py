@@ -1,5 +1,6 @@
 """Objects in memory and in files: what is found, what is refused, and settings that no driver takes."""
 
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -115,6 +116,14 @@ def test_a_server_without_ranges_is_not_read_to_the_end(whole_files: WholeFiles)
         with pytest.raises(ObjectUnavailable, match=f"object '{root}/law' can't be read: ValueError"):
             found.read(1000, 2000)
     assert whole_files.num_sent < WholeFiles.num_bytes
+
+
+def test_a_server_that_is_down_is_not_taken_for_one_that_lacks_the_object() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        root = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    storage = ObjectStorage([root], {})
+    with pytest.raises(ObjectUnavailable, match=f"object '{root}/law' can't be read: ClientConnectorError"):
+        read(storage, f"{root}/law", 0, 1)
 
 
 class OddDriver(fsspec.AbstractFileSystem):  # type: ignore[misc]
