@@ -47,8 +47,13 @@ def _told_plainly() -> Iterator[None]:
     try:
         yield
     except (ServerError, EngineError, RouterError, StoreError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(f"error: {_printable(str(error))}", fg="red", err=True)
         raise typer.Exit(1) from error
+
+
+def _printable(text: str) -> str:
+    """In one line. A message may quote a file of a stranger's, which must not steer the terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Finds the files that admin calls name: by path, or by the digest of what was up- or downloaded. Knows no contents."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,8 @@ from stack_store.import_path import open_import
 from stack_store.registry import StackRegistry
 from stack_store.uploads import BlobStore
 
+logger = logging.getLogger(__name__)
+
 COPY_BYTES = 1024 * 1024
 
 
@@ -26,25 +29,15 @@ class Sources:
         self._import_root = import_root
 
     def has(self, sha256: str) -> bool:
-        """Whether a file of this digest is among the uploads, or the store uses it."""
-        stored = (self._registered_stack(sha256), self._registered_router(sha256))
-        return self.uploads.has(sha256) or any(path is not None and path.is_file() for path in stored)
+        """Whether a file of this digest is among the uploads, or the store uses it. Reads all of it."""
+        return self._find(sha256) is not None
 
     def open(self, source: FileSource, opened: ExitStack) -> BufferedReader:
         """A file that stays what it is while it is read, open until `opened` closes. Its name is the caller's own."""
         if source.sha256 is None:
             return opened.enter_context(self._open_import(source))
-        path = self._stack_path(source.sha256)
+        path = self._require(source.sha256)
         return opened.enter_context(open(source.sha256, "rb", opener=lambda _, flags: os.open(path, flags)))
-
-    def _stack_path(self, sha256: str) -> Path:
-        try:
-            return self.uploads.blob_path(sha256)
-        except UploadNotFound:  # an upload is removed once it is registered; the same call again must still succeed
-            path = self._registered_stack(sha256)
-            if path is None:
-                raise
-            return path
 
     @contextmanager
     def router_file(self, source: FileSource) -> Iterator[Path]:
@@ -53,7 +46,7 @@ class Sources:
         An import is copied among the uploads, where it lies until the block ends.
         """
         if source.sha256 is not None:
-            yield self._uploaded_router(source.sha256)
+            yield self._require(source.sha256)
             return
         digest = self._adopt(source)
         try:
@@ -61,14 +54,24 @@ class Sources:
         finally:
             self.uploads.remove(digest)
 
-    def _uploaded_router(self, sha256: str) -> Path:
-        try:
-            return self.uploads.blob_path(sha256)
-        except UploadNotFound:  # as for stacks: the same call again must still succeed
-            path = self._registered_router(sha256)
-            if path is None:
-                raise
-            return path
+    def _require(self, sha256: str) -> Path:
+        if (path := self._find(sha256)) is None:
+            raise UploadNotFound(f"no upload has the digest {sha256}")
+        return path
+
+    def _find(self, sha256: str) -> Path | None:
+        """An upload is removed once it is registered; the same call again must still succeed.
+
+        Hashed, because a file that was damaged where it lies must not be registered as another.
+        """
+        if self.uploads.has(sha256):
+            path = self.uploads.blob_path(sha256)
+            if _digest(path) == sha256:
+                return path
+            logger.warning("damaged upload removed sha256=%s", sha256)
+            self.uploads.remove(sha256)
+        stored = (self._registered_stack(sha256), self._registered_router(sha256))
+        return next((path for path in stored if path is not None and _digest(path) == sha256), None)
 
     def _registered_stack(self, sha256: str) -> Path | None:
         for domain in self._registry.manifest.domains:
@@ -101,3 +104,12 @@ class Sources:
         if self._import_root is None:
             raise ImportDisabled("store.import_root is not set, so files can only be uploaded", param="path")
         return open_import(self._import_root, source.path)
+
+
+def _digest(path: Path) -> str | None:
+    """None if there is no file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None

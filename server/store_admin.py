@@ -58,12 +58,49 @@ class StoreAdmin:
         self._routing = routing
         self._budget_bytes = budget_bytes
         self._retirements: set[asyncio.Task[int]] = set()
+        self._held = dict(self._registry.by_name)  # what memory was told of, as this process left it
+        self._held_router = self._registry.manifest.router
         self._changing = asyncio.Lock()  # a change in memory follows its manifest before the next manifest is written
 
     @property
     def generation(self) -> int:
         """The manifest's generation, which `If-Match` compares."""
         return self._registry.manifest.generation
+
+    async def follow(self) -> None:
+        """What another process made of the store holds here too: its domains, their versions, its router.
+
+        A change that is being made here is not waited for; the next call sees what both made.
+        """
+        if self._changing.locked():
+            return
+        async with self._changing:
+            await asyncio.to_thread(self._registry.look_again)
+            if self._registry.by_name != self._held:
+                await asyncio.to_thread(self._catalog.read_headers)
+                self._follow_domains()
+            await self._follow_router()
+
+    def _follow_domains(self) -> None:
+        current = self._registry.by_name
+        logger.info("store changed by another process generation=%d domains=%s", self.generation, list(current))
+        for name, previous in self._held.items():
+            if name not in current:
+                self._finish_retirement(previous, self._catalog.retire(previous))
+            elif current[name] != previous:
+                self._replace(previous, current[name])
+        self._held = dict(current)
+        warn_of_stale_domains(self._routing.router, list(current.values()))
+
+    async def _follow_router(self) -> None:
+        entry, path = self._registry.manifest.router, self._registry.router_path()
+        if entry == self._held_router or path is None:
+            return
+        self._held_router = entry
+        try:
+            self._routing.swap(await asyncio.to_thread(self._load_router, path))
+        except (RouterError, OSError) as error:
+            logger.error("router of another process is not taken, the old one stays live reason=%r", str(error))
 
     def list_domains(self) -> Json:
         """Every registered domain with what is resident of it."""
@@ -98,6 +135,7 @@ class StoreAdmin:
                 logger.info("domain registered name=%s version=%s", name, entry.version)
                 if previous is not None:
                     self._replace(previous, entry)
+                self._held[name] = entry
                 warn_of_stale_domains(self._routing.router, [entry])
         shown = _described(entry) if dry_run else self._shown(entry)
         shown |= {"generation": registration.generation, "changed": registration.changed, "dry_run": dry_run}
@@ -109,6 +147,7 @@ class StoreAdmin:
             removal = await asyncio.to_thread(
                 self._registry.remove_domain, name, expected_generation=expected_generation
             )
+            self._held.pop(name, None)
             logger.info("domain removed name=%s version=%s", name, removal.entry.version)
             retired = self._catalog.retire(removal.entry)
             finishing = self._finish_retirement(removal.entry, retired)
@@ -148,6 +187,7 @@ class StoreAdmin:
         await self._downloads.fetch([source])
         async with self._changing:
             router = await asyncio.to_thread(self._install_router, source, expected_generation)
+            self._held_router = self._registry.manifest.router
             self._routing.swap(router)
         warn_of_stale_domains(router, self._registry.manifest.domains)
         return {"generation": self.generation, "router": self._shown_router()}
@@ -199,10 +239,10 @@ class StoreAdmin:
         pinned_in = [tier for tier in tiers if (old := tier.entry(old_key)) is not None and old.pinned]
         self._finish_retirement(previous, self._catalog.retire(previous))
         for tier in pinned_in:
-            want = self._catalog.want(entry)
             try:
+                want = self._catalog.want(entry)
                 tier.pin(want.key, want.bytes)
-            except MixTooLarge as error:
+            except (LoadFailed, MixTooLarge) as error:
                 logger.warning("replaced domain is not pinned any more name=%s reason=%r", entry.name, str(error))
 
     def _finish_retirement(self, entry: DomainEntry, retired: Future[int]) -> asyncio.Task[int]:

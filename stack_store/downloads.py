@@ -50,7 +50,7 @@ class Downloader:
         """The upload `sha256` is there afterwards.
 
         Raises ObjectNotFound, ObjectDenied, or ObjectUnavailable when the last attempt broke off; UploadTooLarge;
-        DigestMismatch, forgetting what came; DownloadStopped after stop().
+        DigestMismatch, and OSError if the disk takes no more, both forgetting what came; DownloadStopped after stop().
         """
         try:
             with self._uploads.resume(sha256, wait=self._wait) as partial:
@@ -58,7 +58,7 @@ class Downloader:
                     partial.discard()
                 else:
                     self._fetch(url, sha256, partial)
-        except StoreError:
+        except (StoreError, OSError):
             self._observer.download_failed()
             raise
 

@@ -65,7 +65,11 @@ class ObjectStorage:
             with _open_file(url) as file:
                 yield _LocalObject(url, file)
         else:
-            yield _RemoteObject(url, self._drivers[url.scheme])
+            remote = _RemoteObject(url, self._drivers[url.scheme])
+            try:
+                yield remote
+            finally:
+                remote.close()
 
 
 class _LocalObject:
@@ -82,7 +86,6 @@ class _LocalObject:
 class _RemoteObject:
     def __init__(self, url: ObjectUrl, driver: fsspec.AbstractFileSystem) -> None:
         self._url = url
-        self._driver = driver
         with _told_apart(url):
             found = driver.info(url.text)
         if found["type"] != "file":
@@ -90,11 +93,18 @@ class _RemoteObject:
         if not isinstance(found["size"], int):
             raise ObjectUnavailable(f"object {url} has no known length")
         self.num_bytes: int = found["size"]
+        # Not cat_file, which for HTTP holds all that a server sends, though it was asked for a piece.
+        with _told_apart(url):
+            self._file = driver.open(url.text, "rb", cache_type="none")
 
     def read(self, start: int, end: int) -> bytes:
         with _told_apart(self._url):
-            chunk = self._driver.cat_file(self._url.text, start=start, end=end)
+            self._file.seek(start)
+            chunk = self._file.read(end - start)
         return _as_asked(self._url, chunk, end - start)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _as_asked(url: ObjectUrl, chunk: bytes, num_bytes: int) -> bytes:
@@ -109,6 +119,9 @@ def _told_apart(url: ObjectUrl) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):  # HTTP's driver could not connect
+            raise ObjectUnavailable(f"object {url} can't be read: {type(cause).__name__}") from error
         raise ObjectNotFound(f"there is no object {url}") from error
     except PermissionError as error:
         raise ObjectDenied(f"the storage denies access to {url}, or has no such object") from error

@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from io import BufferedRandom
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,9 +33,14 @@ class PartialFile:
         return os.fstat(self._file.fileno()).st_size
 
     def append(self, chunk: bytes) -> None:
-        """The bytes survive the end of this process."""
-        self._file.write(chunk)
-        self._file.flush()
+        """The bytes survive the end of this process. If the disk refuses them, all are given up: others need room."""
+        rest = memoryview(chunk)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self.restart()
+            raise
 
     def restart(self) -> None:
         """Forgets every byte."""
@@ -67,17 +72,17 @@ class PartialFile:
         self._file.close()  # and with it the lock
 
 
-def _open_alone(path: Path, wait: Callable[[float], None]) -> BufferedRandom:
+def _open_alone(path: Path, wait: Callable[[float], None]) -> FileIO:
     while True:
         with ExitStack() as cleanup:
-            file = cleanup.enter_context(path.open("a+b"))
+            file = cleanup.enter_context(path.open("a+b", buffering=0))
             if _is_locked(file) and _bears_name(file, path):
                 cleanup.pop_all()
                 return file
         wait(POLL_SECONDS)
 
 
-def _is_locked(file: BufferedRandom) -> bool:
+def _is_locked(file: FileIO) -> bool:
     """Whether it is now ours, until it is closed."""
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,7 +91,7 @@ def _is_locked(file: BufferedRandom) -> bool:
     return True
 
 
-def _bears_name(file: BufferedRandom, path: Path) -> bool:
+def _bears_name(file: FileIO, path: Path) -> bool:
     """Not after its last holder committed or removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -141,6 +141,12 @@ class StackRegistry:
             self._names = manifest, names
         return names
 
+    def look_again(self) -> None:
+        """`manifest` is as new as the disk's, which another process may have written. Raises as read_manifest does."""
+        manifest = read_manifest(self.path / MANIFEST)
+        if manifest.generation > self._manifest.generation:  # never back, whoever else looked meanwhile
+            self._manifest = manifest
+
     def domain(self, name: str) -> DomainEntry:
         """Raises DomainNotFound."""
         if (entry := self.by_name.get(name)) is None:

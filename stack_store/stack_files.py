@@ -70,7 +70,7 @@ class StackFiles:
             taker = begin(known.header)
             for window in known.windows:
                 data = self._scratch_of(window.num_bytes)
-                if os.preadv(file.fileno(), [data.data], window.begin) != window.num_bytes:
+                if not _fill(data, file.fileno(), window.begin):
                     raise StackInvalid(f"{path}: is truncated: it shrank while it was read")
                 if hashed is not None:
                     hashed.update(data)
@@ -92,6 +92,17 @@ class StackFiles:
         if scratch is None or len(scratch) < num_bytes:
             scratch = self._scratch.bytes = np.empty(-(-num_bytes // SCRATCH_UNIT) * SCRATCH_UNIT, np.uint8)
         return scratch[:num_bytes]
+
+
+def _fill(data: Bytes, descriptor: int, begin: int) -> bool:
+    """Whether the file had so many bytes from there on; one call reads at most two GiB."""
+    done = 0
+    while done < len(data):
+        count = os.preadv(descriptor, [data[done:].data], begin + done)
+        if count == 0:
+            return False
+        done += count
+    return True
 
 
 def _identity(descriptor: int) -> Identity:

@@ -290,10 +290,11 @@ def make_downloads(
     storage: ObjectStorage | None = None,
     *,
     chunk_bytes: int = CHUNK_BYTES,
+    num_retries: int = 2,
 ) -> Downloads:
     """Of no roots unless a storage is given, and quick to try again."""
     storage = storage or ObjectStorage([], {})
-    backoff = (0.01, 0.01)
+    backoff = (0.01,) * num_retries
     downloader = Downloader(storage, sources.uploads, metrics, chunk_bytes=chunk_bytes, backoff_seconds=backoff)
     return Downloads(storage, downloader, sources)
 
@@ -308,6 +309,7 @@ def run_live_server(
     has_import_root: bool = True,
     answer: str = ANSWER,
     download_chunk_bytes: int = CHUNK_BYTES,
+    num_download_retries: int = 2,
 ) -> Iterator[LiveServer]:
     """The app on a port of its own, with room for so many of its equal domains."""
     given = settings or {}
@@ -356,7 +358,9 @@ def run_live_server(
     )
     blobs = BlobStore(folder / "store" / "uploads", max_bytes=chosen.server.max_upload_bytes)
     sources = Sources(registry, blobs, import_root=folder / "import" if has_import_root else None)
-    downloads = make_downloads(sources, metrics, storage, chunk_bytes=download_chunk_bytes)
+    downloads = make_downloads(
+        sources, metrics, storage, chunk_bytes=download_chunk_bytes, num_retries=num_download_retries
+    )
     integrity = IntegrityCheck(
         registry,
         metrics,

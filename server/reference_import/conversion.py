@@ -17,6 +17,7 @@ class ConvertedStack:
 
     path: Path
     digest: str
+    published_digest: str
     num_vision_tensors: int
     num_noise_tensors: int
 
@@ -29,11 +30,18 @@ def convert_stack(
     Weights are rounded to bfloat16, the dtype of our stack files, through which the published inference reads its own.
     The header's recipe_digest is the sha256 of the published file. Raises ReferenceRefused, naming the fault.
     """
+    stack, published_digest = _read(folder, file, base)
+    header = _header(file, stack, published_digest, domain=domain, round=round, base=base, how=how)
+    num_vision, num_noise = stack.num_vision_tensors, stack.num_noise_tensors
+    groups = pack_groups(header, stack.projections)
+    del stack  # as large as the groups
+    return ConvertedStack(path, write_stack(path, header, groups), published_digest, num_vision, num_noise)
+
+
+def _read(folder: PublishedFolder, file: str, base: BaseIdentity) -> tuple[PublishedStack, str]:
+    """The stack and the digest of its file. The archive, twice as large as the stack, ends here."""
     archive = folder.load(file)
-    stack = read_published_stack(file, archive.content, base.geometry)
-    header = _header(file, stack, archive.digest, domain=domain, round=round, base=base, how=how)
-    digest = write_stack(path, header, pack_groups(header, stack.projections))
-    return ConvertedStack(path, digest, stack.num_vision_tensors, stack.num_noise_tensors)
+    return read_published_stack(file, archive.content, base.geometry), archive.digest
 
 
 def _header(

@@ -3,7 +3,6 @@
 Knows the order of these steps, not the formats.
 """
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from server.reference_import.published_store import PublishedStore, read_publish
 from server.reference_import.report import Converted, ImportReport
 from server.reference_import.settings import RouterSettings, StackSettings
 from server.reference_import.target import Target, find_target, require_model
+from server.reference_import.work_folder import work_folder
 
 OnProgress = Callable[[int, int], object]  # stacks converted, stacks in all
 
@@ -56,12 +56,12 @@ def _run(plan: ImportPlan, on_progress: OnProgress) -> ImportReport:
     target = find_target(plan.store, plan.base)
     require_model(published.model, target, trained_on=plan.trained_on)
     router = _read_router(plan.router, folder, published, target)
-    with tempfile.TemporaryDirectory(prefix=".brainstacks-import-", dir=_nearest_folder(plan.store)) as temporary:
-        stacks = _convert(plan, folder, published, target, Path(temporary), on_progress)
+    with work_folder(_nearest_folder(plan.store)) as temporary:
+        stacks = _convert(plan, folder, published, target, temporary, on_progress)
         router_path = None
         if router is not None:
             digests = {name: tuple(stack.digest for stack in rounds) for name, rounds in stacks.items()}
-            router, router_path = replace(router, stack_digests=digests), Path(temporary) / "router.safetensors"
+            router, router_path = replace(router, stack_digests=digests), temporary / "router.safetensors"
             _require_free_router(plan, target, router.save(router_path))
         generation = None if plan.dry_run else _change(target, stacks, router_path)
     return ImportReport(target.base.fingerprint, stacks, router, generation)
@@ -97,6 +97,7 @@ def _convert(
 ) -> Converted:
     """Every stack as a file in the temporary folder."""
     stacks: dict[str, tuple[ConvertedStack, ...]] = {}
+    owners: dict[str, str] = {}  # published digest -> whose it is
     num_done = 0
     for domain in published.domains:
         rounds = []
@@ -104,7 +105,11 @@ def _convert(
             on_progress(num_done, published.num_stacks)
             path = temporary / f"{domain.name}-{round}.safetensors"
             how, base = plan.stacks, target.base
-            rounds.append(convert_stack(folder, file, path, domain=domain.name, round=round, base=base, how=how))
+            stack = convert_stack(folder, file, path, domain=domain.name, round=round, base=base, how=how)
+            owner = f"round {round} of domain {domain.name!r}"
+            if (other := owners.setdefault(stack.published_digest, owner)) != owner:
+                raise ReferenceRefused(f"{file} is a copy of {other}")  # what belongs there is missing
+            rounds.append(stack)
             num_done += 1
         stacks[domain.name] = tuple(rounds)
         _require_free_domain(plan, target, domain.name, stacks[domain.name])

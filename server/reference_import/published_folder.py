@@ -5,8 +5,11 @@ import os
 import pickle
 import struct
 import warnings
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -15,8 +18,10 @@ from server.errors import ReferenceRefused
 from stack_store.errors import ImportRefused
 from stack_store.import_path import open_import, resolve_import
 
-# What torch.load was seen to raise for damaged archives and for other files.
+# What torch.load and zipfile were seen to raise for damaged archives and for other files.
 ARCHIVE_FAULTS = (
+    zipfile.BadZipFile,
+    zlib.error,
     pickle.UnpicklingError,
     struct.error,
     ArithmeticError,
@@ -73,15 +78,33 @@ class PublishedFolder:
     def load(self, path: str) -> Archive:
         """The archive, read without running any code of its own (weights_only).
 
-        Raises ReferenceRefused unless it is an archive of plain values and tensors, ImportRefused for a path outside.
+        Raises ReferenceRefused unless it is a sound archive of plain values and tensors, ImportRefused for a path
+        outside.
         """
         with open_import(self.root, path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
             try:
+                _require_sound(path, file)
+                file.seek(0)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of unusual pickles: what they hold is checked, value by value
                     return Archive(torch.load(file, map_location="cpu", weights_only=True), digest)
             except ARCHIVE_FAULTS as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise ReferenceRefused(f"{path} is not a torch archive of plain tensors: {reason}") from error
+
+
+def _require_sound(path: str, file: BufferedReader) -> None:
+    """Torch reads an archive without looking at the checksums of its parts, and unfolds what no torch.save compressed.
+
+    Raises ReferenceRefused for a part of other bytes than were written, and one of ARCHIVE_FAULTS.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{part.filename!r} is compressed")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ReferenceRefused(
+            f"{path} is damaged: its part {damaged!r} does not have the checksum that it was written with"
+        )

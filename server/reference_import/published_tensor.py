@@ -15,10 +15,14 @@ def require_tensor(file: str, key: str, value: object) -> Tensor:
     """The value, if it is a dense float32, float16 or bfloat16 tensor on the CPU. ReferenceRefused names the fault."""
     if not isinstance(value, Tensor):
         raise ReferenceRefused(f"{file}: {key!r} is a {type(value).__name__}, must be a tensor")
-    if value.layout != torch.strided or value.device.type != "cpu":
-        raise ReferenceRefused(f"{file}: tensor {key!r} is {value.layout} on {value.device}, must be dense, on the CPU")
+    if value.layout != torch.strided or value.is_nested or value.device.type != "cpu":
+        layout = "nested" if value.is_nested else value.layout
+        raise ReferenceRefused(f"{file}: tensor {key!r} is {layout} on {value.device}, must be dense, on the CPU")
     if value.dtype not in DTYPES:
         raise ReferenceRefused(f"{file}: tensor {key!r} is {value.dtype}, must be one of {', '.join(map(str, DTYPES))}")
+    num_stored = value.untyped_storage().nbytes() // value.itemsize
+    if value.numel() > num_stored:  # or a small file could ask for more memory than there is
+        raise ReferenceRefused(f"{file}: tensor {key!r} promises {value.numel()} values, its storage has {num_stored}")
     return value.detach()
 
 

@@ -71,5 +71,5 @@ def require_model(model: str, target: Target, *, trained_on: str | None) -> None
         raise ReferenceRefused(f"the manifest's model is {model!r}, not {trained_on!r}")
     if trained_on is None and model.rpartition("/")[2] != ours.rpartition("/")[2]:
         raise ReferenceRefused(
-            f"the manifest's model is {model!r}, the base is {ours!r}: if they are the same, say --trained-on {model}"
+            f"the manifest's model is {model!r}, the base is {ours!r}: if they are the same, say so by --trained-on"
         )

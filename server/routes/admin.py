@@ -3,7 +3,7 @@
 import asyncio
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Path, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Request, Response
 from starlette.requests import ClientDisconnect
 
 from server.access import AdminRoute, Handler
@@ -30,7 +30,12 @@ class StoreRoute(AdminRoute):
         return handle
 
 
-router = APIRouter(prefix="/admin", route_class=StoreRoute, tags=["admin"])
+async def _follow_store(request: Request) -> None:
+    """An administrator sees and changes the store as it is, whoever changed it last."""
+    await store_admin_of(request).follow()
+
+
+router = APIRouter(prefix="/admin", route_class=StoreRoute, tags=["admin"], dependencies=[Depends(_follow_store)])
 
 IfMatch = Annotated[str | None, Header(description="the generation that the caller has seen")]
 

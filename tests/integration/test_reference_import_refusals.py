@@ -2,6 +2,8 @@
 
 import json
 import os
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from engine.model.base import BaseIdentity, identify_base
 from server.cli import app
+from stack_store.locks import FolderShare
 from stack_store.registry import StackRegistry
 from tests.published import PublishedFiles, published_files
 
@@ -94,6 +97,11 @@ def only_noise(state: dict[str, Any]) -> None:
     state[f"{UP}.noise_linear.weight"] = noise
 
 
+# torch warns of the constructor, not of the archive.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    NESTED = torch.nested.nested_tensor([torch.zeros(2, 64), torch.zeros(2, 64)])
+
 STACK_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "missing projection": (drop(UP), "projection layers.1.mlp.up_proj is missing"),
     "first projection missing": (drop(Q), "projection layers.0.self_attn.q_proj is missing"),
@@ -162,6 +170,11 @@ STACK_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         put(f"{UP}.router.weight", torch.empty(4, 64, device="meta")),
         "is torch.strided on meta, must be dense, on the CPU",
     ),
+    "nested": (put(f"{UP}.router.weight", NESTED), "is nested on cpu, must be dense, on the CPU"),
+    "one value for many": (
+        put(f"{UP}.router.weight", torch.zeros(1, 1).expand(4, 64)),
+        f"tensor '{UP}.router.weight' promises 256 values, its storage has 1",
+    ),
     "no tensor": (put(f"{UP}.router.weight", [1.0]), f"'{UP}.router.weight' is a list, must be a tensor"),
 }
 
@@ -206,6 +219,28 @@ def test_a_truncated_file_is_refused(kept: float, importer: Importer) -> None:
     path = importer.folder / "stacks" / "math" / "stack_1.pt"
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
     assert "stacks/math/stack_1.pt is not a torch archive of plain tensors" in importer.refusal(write=False)
+
+
+def test_a_file_of_other_bytes_than_were_written_is_refused(importer: Importer) -> None:
+    """One bit of a weight: torch reads archives without looking at their checksums."""
+    importer.files.write(importer.folder)
+    path = importer.folder / "stacks" / "math" / "stack_1.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert "stacks/math/stack_1.pt is damaged: its part 'stack_1/data/" in importer.refusal(write=False)
+
+
+def test_a_compressed_archive_is_refused(importer: Importer) -> None:
+    """torch.save compresses nothing, and a small file could unfold into more than there is memory."""
+    importer.files.write(importer.folder)
+    path = importer.folder / "stacks" / "math" / "stack_1.pt"
+    with zipfile.ZipFile(path) as plain:
+        parts = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in parts.items():
+            packed.writestr(name, content)
+    assert "stacks/math/stack_1.pt is not a torch archive of plain tensors: 'stack_1/" in importer.refusal(write=False)
 
 
 @pytest.mark.parametrize("junk", [b"junk", b"\x80\x04.", b"\x80\x02}q\x00.", b"PK\x03\x04", b"{}" * 1000, b""])
@@ -272,6 +307,14 @@ def test_one_file_for_two_rounds_is_refused(importer: Importer) -> None:
     assert "stacks/chat/stack_1.pt is the stack of round 1 of domain 'chat' and of round 2 of domain 'chat'" in error
 
 
+def test_a_copy_of_one_round_as_another_is_refused(importer: Importer) -> None:
+    importer.files.write(importer.folder)
+    math = importer.folder / "stacks" / "math"
+    (math / "stack_2.pt").write_bytes((math / "stack_1.pt").read_bytes())
+    told = "stacks/math/stack_2.pt is a copy of round 1 of domain 'math'"
+    assert told in importer.refusal(write=False)
+
+
 def domain_field(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda manifest: manifest["domains"][1].update({key: value})
 
@@ -303,6 +346,12 @@ def test_a_manifest_that_is_not_as_published_is_refused(fault: str, importer: Im
     assert told in importer.refusal()
 
 
+def test_what_a_file_says_cannot_steer_the_terminal(importer: Importer) -> None:
+    importer.files.manifest["\x1b[2J\nstore is at generation 1"] = 1
+    told = "error: manifest.json: \\x1b[2J\\nstore is at generation 1: Extra inputs are not permitted, got 1"
+    assert importer.refusal() == told
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"model": 1}', "\ufeff{}"])
 def test_a_manifest_that_is_no_object_is_refused(text: str, importer: Importer) -> None:
     importer.files.write(importer.folder)
@@ -319,6 +368,13 @@ def test_a_base_of_another_name_must_be_said_to_be_the_same(importer: Importer) 
 
 def state(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
     return lambda router: change(router["state_dict"])
+
+
+def widened(router: dict[str, Any]) -> None:
+    """A file of a few thousand bytes whose network would take 80 GB."""
+    for key, tensor in router["state_dict"].items():
+        shape = [{24: 100_000, 48: 200_000}.get(length, length) for length in tensor.shape]
+        router["state_dict"][key] = torch.zeros([1] * tensor.ndim).expand(shape)
 
 
 ROUTER_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -355,6 +411,7 @@ ROUTER_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "misshapen": (state(put("ff.0.weight", torch.zeros(24, 24))), "'ff.0.weight' has shape [24, 24], must be [24, 48]"),
     "NaN": (state(spoil("ff.4.weight", float("nan"))), "tensor 'ff.4.weight' holds a value that is not finite"),
     "float64": (state(cast("out.bias", torch.float64)), "tensor 'out.bias' is torch.float64, must be one of"),
+    "width that only strides have": (widened, "tensor 'domain_queries' promises 300000 values, its storage has 1"),
     "no tensor": (state(put("out.bias", 1.0)), "'out.bias' is a float, must be a tensor"),
 }
 
@@ -405,6 +462,20 @@ def test_a_dry_run_checks_everything_and_leaves_nothing(importer: Importer) -> N
     assert contents(importer.store.parent) == before
     spoil(f"{UP}.router.weight", float("nan"))(importer.files.stacks["math"][1])
     assert "not finite" in importer.refusal("--dry-run")
+
+
+def test_what_a_killed_import_left_beside_the_store_is_removed(importer: Importer, tmp_path: Path) -> None:
+    left, running = (tmp_path / f".brainstacks-import-{name}" for name in ("left", "running"))
+    for folder in (left, running):
+        folder.mkdir()
+        (folder / "chat-1.safetensors").write_bytes(b"half")
+    share = FolderShare(running, when_alone=lambda: None)  # as another import holds it while it lives
+    importer.accept()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [running.name, "published", "store"]
+    assert (running / "chat-1.safetensors").is_file()
+    share.close()
+    importer.accept("--dry-run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["published", "store"]
 
 
 def test_an_import_is_one_change_and_the_same_once_more_is_none(importer: Importer) -> None:

@@ -91,21 +91,25 @@ def law(s3_port: int, tmp_path: Path) -> Published:
 
 
 @contextmanager
-def serving(folder: Path, port: int, *, max_upload_bytes: int = 10**8) -> Iterator[tuple[LiveServer, httpx.Client]]:
+def serving(
+    folder: Path, port: int, *, max_upload_bytes: int = 10**8, num_retries: int = 2
+) -> Iterator[tuple[LiveServer, httpx.Client]]:
     """A server that may fetch from the bucket at that port; the driver does not try again by itself."""
     options = {"endpoint_url": f"http://127.0.0.1:{port}", "config_kwargs": {"retries": {"max_attempts": 0}}}
     store = {"object_roots": [ROOT], "object_options": {"s3": options}}
-    with running(folder, store, max_upload_bytes=max_upload_bytes) as both:
+    with running(folder, store, max_upload_bytes=max_upload_bytes, num_retries=num_retries) as both:
         yield both
 
 
 @contextmanager
 def running(
-    folder: Path, store: Mapping[str, object], *, max_upload_bytes: int = 10**8
+    folder: Path, store: Mapping[str, object], *, max_upload_bytes: int = 10**8, num_retries: int = 2
 ) -> Iterator[tuple[LiveServer, httpx.Client]]:
     settings = {"server": {"admin_key": KEY, "max_upload_bytes": max_upload_bytes}, "store": store}
     with (
-        run_live_server(folder, settings=settings, download_chunk_bytes=CHUNK_BYTES) as server,
+        run_live_server(
+            folder, settings=settings, download_chunk_bytes=CHUNK_BYTES, num_download_retries=num_retries
+        ) as server,
         server.client(KEY) as client,
     ):
         yield server, client
@@ -149,6 +153,39 @@ def test_the_same_digest_is_downloaded_once(s3_port: int, tmp_path: Path, law: P
         assert num_downloaded(server) == len(law.content)
 
 
+def damage(path: Path) -> None:
+    """Its last weight is another, so that it is a sound stack, but not the one that it was."""
+    path.write_bytes(path.read_bytes()[:-2] + b"\0\0")
+
+
+def test_a_damaged_copy_does_not_pass_for_the_file_of_its_digest(s3_port: int, tmp_path: Path, law: Published) -> None:
+    with serving(tmp_path, s3_port) as (server, client):
+        assert put_law(client, law.source).status_code == 201
+        stored = server.registry.stack_path(server.registry.domain("law").stacks[0])
+        damage(stored)
+        assert refusal(put_law(client, {"sha256": law.sha256})) == (404, "upload_not_found")
+        again = put_law(client, law.source)
+        assert (again.status_code, again.json()["changed"]) == (200, False)
+        assert stored.read_bytes() == law.content
+
+
+def test_a_damaged_upload_is_downloaded_again(s3_port: int, tmp_path: Path, law: Published) -> None:
+    with serving(tmp_path, s3_port) as (server, client):
+        assert put_law(client, law.source, dry_run=True).status_code == 200
+        damage(server.registry.path / "uploads" / law.sha256)
+        response = put_law(client, law.source)
+        assert [stack["digest"] for stack in response.json()["stacks"]] == [law.sha256]
+        assert num_downloaded(server) == 2 * len(law.content)
+
+
+def test_a_damaged_upload_is_forgotten(s3_port: int, tmp_path: Path, law: Published) -> None:
+    with serving(tmp_path, s3_port) as (server, client):
+        assert client.put(f"/admin/blobs/{law.sha256}", content=law.content).status_code == 200
+        damage(server.registry.path / "uploads" / law.sha256)
+        assert refusal(put_law(client, {"sha256": law.sha256})) == (404, "upload_not_found")
+        assert left_among_uploads(server) == {}
+
+
 def test_a_router_is_set_by_url_and_stays(s3_port: int, tmp_path: Path) -> None:
     file = publish(s3_port, "router.safetensors", big_file(num_bytes=1000))
     with serving(tmp_path, s3_port) as (server, client):
@@ -182,11 +219,14 @@ def test_broken_connections_are_mended_within_the_call(s3_port: int, tmp_path: P
 def test_an_outage_that_the_driver_gives_up_on_is_outlasted(
     s3_port: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The driver reads again by itself, but gives up when it can't connect."""
+    """The driver reads again by itself, up to five times if it got to connect and once if it did not.
+
+    So eight refusals are more than one of its calls outlasts, and nine breaks the most that come of them.
+    """
     file = publish(s3_port, "big.safetensors", big_file(num_bytes=500_000))
     with (
-        BreakingProxy(s3_port, breaks=[300_000], num_refused=3) as proxy,
-        serving(tmp_path, proxy.port) as (server, client),
+        BreakingProxy(s3_port, breaks=[300_000], num_refused=8) as proxy,
+        serving(tmp_path, proxy.port, num_retries=9) as (server, client),
     ):
         server.routers[file.content[-8:].hex()] = ScriptedRouter()
         response = client.put("/admin/router", json=file.source)

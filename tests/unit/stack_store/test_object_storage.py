@@ -1,6 +1,11 @@
 """Objects in memory and in files: what is found, what is refused, and settings that no driver takes."""
 
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +69,61 @@ def test_links_out_of_a_folder_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ObjectRefused) as error:
             read(storage, f"file://{root}/{name}", 0, 1)
         assert f"file://{root}/{name}" in str(error.value)
+
+
+@dataclass
+class WholeFiles:
+    """An HTTP server that knows no ranges, as Python's own: it answers with 20 MB whatever piece is asked for."""
+
+    port: int
+    num_sent: int = 0
+
+    num_bytes = 20_000_000
+
+
+@pytest.fixture
+def whole_files() -> Iterator[WholeFiles]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.send_header("content-length", str(WholeFiles.num_bytes))
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            with suppress(OSError):  # who asked has gone
+                while served.num_sent < WholeFiles.num_bytes:
+                    served.num_sent += self.wfile.write(bytes(10_000))
+
+        def log_message(self, *_: object) -> None:
+            """Nothing to the terminal."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served = WholeFiles(server.server_port)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield served
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_server_without_ranges_is_not_read_to_the_end(whole_files: WholeFiles) -> None:
+    root = f"http://127.0.0.1:{whole_files.port}"
+    storage = ObjectStorage([root], {})
+    with storage.open(storage.check(f"{root}/law")) as found:
+        assert found.read(0, 1000) == bytes(1000)
+        with pytest.raises(ObjectUnavailable, match=f"object '{root}/law' can't be read: ValueError"):
+            found.read(1000, 2000)
+    assert whole_files.num_sent < WholeFiles.num_bytes
+
+
+def test_a_server_that_is_down_is_not_taken_for_one_that_lacks_the_object() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        root = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    storage = ObjectStorage([root], {})
+    with pytest.raises(ObjectUnavailable, match=f"object '{root}/law' can't be read: ClientConnectorError"):
+        read(storage, f"{root}/law", 0, 1)
 
 
 class OddDriver(fsspec.AbstractFileSystem):  # type: ignore[misc]
