@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -61,26 +62,40 @@ class StackFiles:
         with path.open("rb", buffering=0) as file:
             identity = _identity(file.fileno())
             known = self._plans.get(digest)
-            hashed: Any = None
-            if known is None or known.identity != identity:
-                with open(os.dup(file.fileno()), "rb") as copy:
-                    stack = OpenStack(copy, name=str(path))
-                known = StackPlan(stack.header, stack.windows(), identity)
-                hashed = hashlib.sha256(stack.head)
-            taker = begin(known.header)
-            for window in known.windows:
-                data = self._scratch_of(window.num_bytes)
-                if not _fill(data, file.fileno(), window.begin):
-                    raise StackInvalid(f"{path}: is truncated: it shrank while it was read")
-                if hashed is not None:
-                    hashed.update(data)
-                taker.take(window, data)
-            if hashed is not None and hashed.hexdigest() != digest:
-                raise DigestMismatch(f"{path} has digest {hashed.hexdigest()}, not {digest}")
-            if _identity(file.fileno()) != identity:
-                raise StackInvalid(f"{path}: changed while it was read")
-            self._plans[digest] = known
-            return taker
+            if known is not None and known.identity == identity:
+                taker = self._read_windows(file, path, known, begin, hashed=None)
+                if _identity(file.fileno()) == identity:
+                    return taker
+            return self._read_and_hash(file, path, digest, begin)
+
+    def _read_and_hash(self, file: FileIO, path: Path, digest: str, begin: Callable[[StackHeader], T]) -> T:
+        """What is hashed is what is passed on, whatever becomes of the file meanwhile."""
+        identity = _identity(file.fileno())
+        with open(os.dup(file.fileno()), "rb") as copy:
+            copy.seek(0)
+            stack = OpenStack(copy, name=str(path))
+        plan = StackPlan(stack.header, stack.windows(), identity)
+        hashed = hashlib.sha256(stack.head)
+        taker = self._read_windows(file, path, plan, begin, hashed=hashed)
+        if hashed.hexdigest() != digest:
+            raise DigestMismatch(f"{path} has digest {hashed.hexdigest()}, not {digest}")
+        if _identity(file.fileno()) == identity:  # else it was replaced, and the next read looks for itself
+            self._plans[digest] = plan
+        return taker
+
+    def _read_windows(
+        self, file: FileIO, path: Path, plan: StackPlan, begin: Callable[[StackHeader], T], *, hashed: Any
+    ) -> T:
+        taker = begin(plan.header)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)  # the disk reads on while a window is unpacked
+        for window in plan.windows:
+            data = self._scratch_of(window.num_bytes)
+            if not _fill(data, file.fileno(), window.begin):
+                raise StackInvalid(f"{path}: is truncated: it shrank while it was read")
+            if hashed is not None:
+                hashed.update(data)
+            taker.take(window, data)
+        return taker
 
     def forget(self, digest: str) -> None:
         """The next read hashes all bytes again."""

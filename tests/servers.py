@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +52,7 @@ from server.store_admin import StoreAdmin
 from server.token_text import TokenText
 from stack_store.cache import ResidentCache
 from stack_store.downloads import CHUNK_BYTES, Downloader
+from stack_store.format import ProjectionTensors, pack_groups, write_stack
 from stack_store.integrity import IntegrityCheck
 from stack_store.object_storage import ObjectStorage
 from stack_store.registry import StackRegistry
@@ -284,6 +285,23 @@ def make_store(path: Path, sources: Path, domains: tuple[str, ...] = ("chat", "c
     return registry
 
 
+def register_large(registry: StackRegistry, sources: Path, rank: int) -> None:
+    """A domain "large" with one stack of that rank, as an int8 file that is smaller than what becomes of it."""
+    header = replace(tiny_header(domain="large", weights="int8"), rank=rank)
+    experts, geometry = header.num_experts, header.geometry
+    zeros = {
+        (layer, name): ProjectionTensors(
+            a=torch.zeros(experts, rank, num_in),
+            b=torch.zeros(experts, num_out, rank),
+            gate=torch.zeros(experts, num_in),
+        )
+        for layer in range(geometry.num_layers)
+        for name, (num_in, num_out) in geometry.shapes.items()
+    }
+    write_stack(sources / "large.safetensors", header, pack_groups(header, zeros))
+    registry.register_domain("large", [sources / "large.safetensors"])
+
+
 def make_downloads(
     sources: Sources,
     metrics: ServerMetrics,
@@ -309,9 +327,14 @@ def run_live_server(
     has_import_root: bool = True,
     answer: str = ANSWER,
     download_chunk_bytes: int = CHUNK_BYTES,
+    failure_ttl_seconds: float = 5.0,
+    large_rank: int | None = None,
     num_download_retries: int = 2,
 ) -> Iterator[LiveServer]:
-    """The app on a port of its own, with room for so many of its equal domains."""
+    """The app on a port of its own, with room for so many of its equal domains.
+
+    `large_rank` adds a domain "large" whose one stack has that rank.
+    """
     given = settings or {}
     chosen = load_settings(flags={**given, "store": {**given.get("store", {}), "path": folder / "store"}})
     storage = ObjectStorage(chosen.store.object_roots, chosen.store.object_options)
@@ -319,6 +342,8 @@ def run_live_server(
         registry = StackRegistry.open(folder / "store", base_fingerprint=BASE, geometry=tiny_geometry())
     else:
         registry = make_store(folder / "store", folder / "import")
+    if large_rank is not None:
+        register_large(registry, folder / "import", large_rank)
     tokenizer = byte_tokenizer()
     engine, router = ScriptedEngine(tokenizer, answer=answer), ScriptedRouter()
     metrics, versions, may_load = ServerMetrics(version="0", base=BASE), Versions(), threading.Event()
@@ -334,7 +359,10 @@ def run_live_server(
     one_domain = registry.resident_bytes(registry.manifest.domains[0], torch.float32)
     budget_bytes = int(one_domain * budget_domains)
     cache = ResidentCache[ResidentDomain](
-        budget_bytes=budget_bytes, load=load, observer=TierMetrics(metrics, "device", FILE_SOURCE)
+        budget_bytes=budget_bytes,
+        load=load,
+        observer=TierMetrics(metrics, "device", FILE_SOURCE),
+        failure_ttl_seconds=failure_ttl_seconds,
     )
     catalog = Catalog(
         registry, cache, versions, dtype=torch.float32, lease_timeout_seconds=chosen.store.lease_timeout_seconds

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from tests.benchmarks.decode import engine_speed, interleave, mixed_route
 ROWS = (1, 16)
 DOMAINS = (0, 1, 4)
 NUM_FILES = 6
-TINYLLAMA = {
+TINYLLAMA: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 2048,
     "intermediate_size": 5632,
@@ -79,7 +80,8 @@ def make_base(folder: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(**TINYLLAMA, bos_token_id=0, eos_token_id=2, pad_token_id=2)
     with torch.device("cuda"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16)
     model.save_pretrained(path)
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"<{number}>" for number in range(TINYLLAMA["vocab_size"] - len(tokenizer))])
@@ -134,14 +136,13 @@ def peer_speed(model: Any, rows: int, tokens: int, generate_seconds: Any) -> flo
 @contextmanager
 def captured(is_static: bool) -> Iterator[None]:
     """Engines made in the block decode by graphs, or do not."""
-    import engine.engine
-    from engine.runner import Runner
-
-    engine.engine.Runner = partial(Runner, static_decode=is_static)  # type: ignore[misc, assignment]
+    module: Any = import_module("engine.engine")
+    runner = module.Runner
+    module.Runner = partial(runner, static_decode=is_static)
     try:
         yield
     finally:
-        engine.engine.Runner = Runner  # type: ignore[misc]
+        module.Runner = runner
 
 
 def random_domain(base: Any, seed: int) -> Any:
@@ -203,7 +204,7 @@ def load_speeds(folder: Path, rounds: int) -> dict[str, Any]:
 
     drop = partial(drop_pages, path)
     dd = partial(subprocess.run, ["dd", f"if={path}", "of=/dev/null", "bs=1M"], check=True, capture_output=True)
-    runs = {
+    runs: dict[str, Callable[[], float]] = {
         "dd, cold": partial(speed, dd, drop),
         "file to pinned host memory, cold": partial(speed, partial(read, allocate=allocate_pinned), drop),
         "dd, warm": partial(speed, dd),

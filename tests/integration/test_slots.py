@@ -15,8 +15,9 @@ from engine.model.moe_lora import MoeLoraConfig, serving_stack
 from engine.slots import load_domain
 from engine.types import SamplingParams
 from stack_store.errors import DigestMismatch, StackInvalid, StoreError
-from stack_store.format import Geometry, pack_groups, read_stack, write_stack
+from stack_store.format import Geometry, StackHeader, Window, pack_groups, read_stack, write_stack
 from stack_store.registry import StackRegistry
+from stack_store.stack_files import Bytes, StackFiles
 from tests.engines import Client
 from tests.stacks import header_for, random_projections, to_serving
 
@@ -122,6 +123,33 @@ def test_a_file_that_changes_between_two_loads_is_not_loaded_until_it_is_what_it
         load_domain(registry, entry, dtype=torch.float32, device=CPU)
     path.write_bytes(good)
     load_domain(registry, entry, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_file_that_is_replaced_by_its_like_while_it_is_read_is_loaded(tmp_path: Path, is_known: bool) -> None:
+    """As a registration of the same content does, which mends a damaged copy."""
+    registry = store_with_two_rounds(tmp_path, GEOMETRY, "some-base")
+    entry = registry.domain("math")
+    before = load_domain(registry, entry, dtype=torch.float32, device=CPU)
+    files = registry.files if is_known else StackFiles()
+    path, num_begun = registry.stack_path(entry.stacks[0]), 0
+
+    class Unread:
+        def take(self, window: Window, data: Bytes) -> None:
+            pass
+
+    def begin(header: StackHeader) -> Unread:
+        nonlocal num_begun
+        num_begun += 1
+        if num_begun == 1:
+            (tmp_path / "copy").write_bytes(path.read_bytes())
+            (tmp_path / "copy").rename(path)
+        return Unread()
+
+    files.read(path, entry.stacks[0].digest, begin)
+    assert num_begun == (2 if is_known else 1)  # what was trusted is read again and hashed
+    after = load_domain(registry, entry, dtype=torch.float32, device=CPU)
+    assert torch.equal(before.stacks[0].memory, after.stacks[0].memory)
 
 
 def test_a_file_that_changed_after_registration_is_not_loaded(tmp_path: Path) -> None:
