@@ -113,7 +113,7 @@ def sample(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
 
 
 def adjust(logits: Tensor, rows: Sequence[RowSampler]) -> None:
-    """Applies bias, penalties, min_tokens and grammars to (N, V), in place and in this order, each to all rows at once."""
+    """Applies bias, penalties, min_tokens, grammars to (N, V), in place and in this order, each to all rows at once."""
     if (named := _named(logits, [row.params.logit_bias for row in rows])) is not None:
         places, bias = named
         logits[places] += bias

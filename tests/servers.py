@@ -22,6 +22,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from engine.errors import EngineStopped
+from engine.grammar import GrammarCompiler
 from engine.slots import ResidentDomain
 from engine.types import (
     EngineSnapshot,
@@ -344,6 +345,9 @@ def run_live_server(
         catalog=catalog,
         routing=routing,
         reader=PromptReader(tokenizer, max_model_len=engine.max_model_len),
+        grammars=GrammarCompiler(
+            tokenizer, vocabulary=len(tokenizer), eos_token_ids=frozenset({tokenizer.eos_token_id})
+        ),
         token_text=TokenText(tokenizer),
         metrics=metrics,
         admission=Admission(limit=4 + chosen.server.max_queue),

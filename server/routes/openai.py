@@ -37,7 +37,10 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     service = service_of(request)
     job = await read_chat_job(service, body)
     shape = ChatShape(
-        model=body.model or service.served_name, wants_logprobs=bool(body.logprobs), text=service.token_text
+        model=body.model or service.served_name,
+        wants_logprobs=bool(body.logprobs),
+        text=service.token_text,
+        has_tools=body.may_call_tools,
     )
     return await _answer(request, body, job, shape)
 
@@ -110,7 +113,13 @@ async def _answer(request: Request, body: SamplingFields, job: Job, shape: Answe
     headers = {MIX_HEADER: generation.shown_mix}
     if body.stream:
         return AnswerStream(
-            generation, shape, record=record, wants_usage=body.wants_usage_chunk, deadline=deadline, headers=headers
+            generation,
+            shape,
+            record=record,
+            wants_usage=body.wants_usage_chunk,
+            wants_running_usage=body.wants_running_usage,
+            deadline=deadline,
+            headers=headers,
         )
     try:
         answer = await run_for_client(request.receive, collect_answer(generation, shape), deadline=deadline)

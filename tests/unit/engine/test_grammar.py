@@ -64,7 +64,9 @@ def test_allowed_tokens_are_those_that_leave_the_text_a_beginning_of_some_text(
             allowed = state.allowed(VOCABULARY)
             assert allowed.shape == (VOCABULARY,)
             found = set(allowed.nonzero()[0].tolist())
-            is_certain = len({beginning[: len(text) + 1] for beginning in beginnings if beginning.startswith(text)}) == 2
+            is_certain = (
+                len({beginning[: len(text) + 1] for beginning in beginnings if beginning.startswith(text)}) == 2
+            )
             assert found <= right if is_certain and text not in texts else found == right, text
             token = rng.choice(sorted(found))
             state.take(token)
@@ -100,11 +102,11 @@ def test_special_tokens_are_not_text(compiler: GrammarCompiler) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("start: %json {\"not\": {}}", "not"),
-        ("start: %json {\"type\": \"strin\"}", "strin"),
-        ("start: %json {\"type\": \"integer\", \"minimum\": 3, \"maximum\": 2}", "minimum"),
-        ("start: %json {\"$ref\": \"https://example.com/schema\"}", "example.com"),
-        ("start: \"", "start"),
+        ('start: %json {"not": {}}', "not"),
+        ('start: %json {"type": "strin"}', "strin"),
+        ('start: %json {"type": "integer", "minimum": 3, "maximum": 2}', "minimum"),
+        ('start: %json {"$ref": "https://example.com/schema"}', "example.com"),
+        ('start: "', "start"),
     ],
 )
 def test_what_cannot_be_compiled_says_why(compiler: GrammarCompiler, text: str, said: str) -> None:
