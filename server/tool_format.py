@@ -71,14 +71,14 @@ class CallReader:
                 certain = len(self._held[:certain].rstrip())
             pieces += self._part(self._held[:certain])
             self._held = self._held[certain:]
-        return [piece for piece in pieces if not (isinstance(piece, Said | ArgumentsCame) and not piece.text)]
+        return [piece for piece in pieces if piece not in (Said(""), ArgumentsCame(""))]
 
     def finish(self) -> list[Piece]:
         """What was held back: the answer ended here. A frame that was cut is nobody's text."""
         rest, self._held = self._held, ""
-        is_frame = self._ends_with == NAME_END or rest.lstrip().startswith(CALL_MARK)
-        pieces = [] if is_frame else self._part(rest)
-        return [piece for piece in pieces if not isinstance(piece, CallBegun) and piece.text]
+        if self._ends_with != CALL_BEGIN or rest.lstrip().startswith(CALL_MARK):
+            return []
+        return [piece for piece in self._part(rest) if piece != Said("")]
 
     def _part(self, text: str) -> list[Piece]:
         if self._ends_with == NAME_END:

@@ -6,7 +6,7 @@ What a JSON schema says inside is checked where it is compiled.
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.text_fields import Text, said_plainly
@@ -17,13 +17,18 @@ MAX_TOOLS = 128
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
 
 
-def _functions_only(value: object) -> object:
-    if isinstance(value, str) and value != "function":
-        raise PydanticCustomError("unsupported", "tools of type {kind} are not supported", {"kind": value})
-    return value
+class OfFunction(BaseModel):
+    """Something of the one kind of tool that is known; of another kind, it is refused as such."""
 
+    type: Literal["function"]
 
-FunctionType = Annotated[Literal["function"], BeforeValidator(_functions_only)]
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_a_function(cls, value: object) -> object:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind != "function":
+            raise PydanticCustomError("unsupported", "tools of type {kind} are not supported", {"kind": kind})
+        return value
 
 
 class JsonSchemaFormat(BaseModel):
@@ -63,10 +68,9 @@ class Function(BaseModel):
     strict: bool | None = None
 
 
-class Tool(BaseModel):
-    """The one kind of tool that is known."""
+class Tool(OfFunction):
+    """What the model may use."""
 
-    type: FunctionType
     function: Function
 
 
@@ -76,10 +80,9 @@ class NamedFunction(BaseModel):
     name: Name
 
 
-class NamedChoice(BaseModel):
+class NamedChoice(OfFunction):
     """The model has to call this function."""
 
-    type: FunctionType
     function: NamedFunction
 
 
@@ -115,9 +118,8 @@ class CalledFunction(BaseModel):
         return values
 
 
-class ToolCall(BaseModel):
+class ToolCall(OfFunction):
     """A call that the assistant made earlier in the conversation."""
 
     id: Text
-    type: FunctionType
     function: CalledFunction

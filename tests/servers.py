@@ -307,6 +307,7 @@ def run_live_server(
     has_router: bool = True,
     has_import_root: bool = True,
     answer: str = ANSWER,
+    max_model_len: int = 400,
     download_chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[LiveServer]:
     """The app on a port of its own, with room for so many of its equal domains."""
@@ -318,7 +319,7 @@ def run_live_server(
     else:
         registry = make_store(folder / "store", folder / "import")
     tokenizer = byte_tokenizer()
-    engine, router = ScriptedEngine(tokenizer, answer=answer), ScriptedRouter()
+    engine, router = ScriptedEngine(tokenizer, answer=answer, max_model_len=max_model_len), ScriptedRouter()
     metrics, versions, may_load = ServerMetrics(version="0", base=BASE), Versions(), threading.Event()
     may_load.set()
 
