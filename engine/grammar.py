@@ -83,15 +83,13 @@ class GrammarCompiler:
     """Compiles grammars and keeps the latest by their digest. Safe to call from any thread."""
 
     def __init__(self, tokenizer: Any, *, vocabulary: int, eos_token_ids: frozenset[int]) -> None:
-        self._tokenizer = tokenizer
+        """Reads the vocabulary: a second or several, for which Python's lock is held. So not while requests run."""
         self._vocabulary = vocabulary
-        self._eos_token_ids = sorted(eos_token_ids)
+        self._tokens = _read_vocabulary(tokenizer, vocabulary, eos_token_ids)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
         self._lock = threading.Lock()
         self._kept: LRUCache[str, Future[Grammar]] = LRUCache(MAX_KEPT)
         self._num_pending = 0
-        self._vocabulary_lock = threading.Lock()
-        self._tokens: LLTokenizer | None = None
 
     def compile(self, text: str) -> "Future[Grammar]":
         """The grammar that `text` writes in llguidance's form of Lark; compiled once however many ask for it.
@@ -121,26 +119,27 @@ class GrammarCompiler:
                 del self._kept[digest]
 
     def _compile(self, text: str) -> Grammar:
+        if self._tokens is None:
+            raise GrammarUnsupported("this base's tokenizer is of a kind that grammars are not supported for")
         began = time.monotonic()
-        matcher = LLMatcher(self._read_vocabulary(), LLMatcher.grammar_from_lark(text), log_level=0, limits=_limits())
+        matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(text), log_level=0, limits=_limits())
         grammar = Grammar(matcher, vocabulary=self._vocabulary)
         logger.info("grammar compiled characters=%d seconds=%.3f", len(text), time.monotonic() - began)
         return grammar
 
-    def _read_vocabulary(self) -> LLTokenizer:
-        """The tokens' bytes, read when the first grammar is compiled: it takes a second or several."""
-        with self._vocabulary_lock:
-            if self._tokens is None:
-                backend = copy(self._tokenizer.backend_tokenizer)  # its padding and truncation are set apart
-                backend.no_padding()
-                backend.no_truncation()
-                try:
-                    self._tokens = LLTokenizer(
-                        backend.to_str(), n_vocab=self._vocabulary, eos_token=self._eos_token_ids, slices=None
-                    )
-                except ValueError as error:
-                    raise GrammarUnsupported(f"this base's tokenizer is of no known kind: {error}") from error
-            return self._tokens
+
+def _read_vocabulary(tokenizer: Any, vocabulary: int, eos_token_ids: frozenset[int]) -> LLTokenizer | None:
+    """The tokens' bytes, None if the library cannot tell them."""
+    backend = tokenizer.backend_tokenizer
+    if backend.padding is not None or backend.truncation is not None:
+        backend = copy(backend)  # which takes as long as the rest
+        backend.no_padding()
+        backend.no_truncation()
+    try:
+        return LLTokenizer(backend.to_str(), n_vocab=vocabulary, eos_token=sorted(eos_token_ids))
+    except ValueError as error:
+        logger.warning("no grammars for this base reason=%r", str(error))
+        return None
 
 
 def _limits() -> LLParserLimits:

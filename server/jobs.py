@@ -11,7 +11,7 @@ from server.schemas import ChatCompletionRequest, CompletionRequest, SamplingFie
 from server.service import Job, Service
 
 DEFAULT_COMPLETION_TOKENS = 16  # as in OpenAI's reference of /v1/completions
-COMPILE_SECONDS = 30.0  # the first grammar waits for the vocabulary to be read, too
+COMPILE_SECONDS = 10.0
 
 
 async def read_chat_job(service: Service, request: ChatCompletionRequest) -> Job:

@@ -271,6 +271,7 @@ class TokenizeRequest(PromptOrMessages):
 
     add_generation_prompt: bool = True
     add_special_tokens: bool | None = Field(default=None, description="default: true for a prompt, false for messages")
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
 
 
 class DetokenizeRequest(BaseModel):

@@ -90,6 +90,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
     if body.messages is not None:
         prompt = await reader.read_chat(
             body.messages,
+            functions=[tool.function for tool in body.tools or []],
             add_generation_prompt=body.add_generation_prompt,
             add_special_tokens=bool(body.add_special_tokens),
         )

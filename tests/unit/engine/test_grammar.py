@@ -3,16 +3,20 @@
 But where the next byte is certain: there the tokens are those that the tokenizer itself would choose.
 """
 
+import copy
 import itertools
 import json
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from engine.errors import GrammarBusy, GrammarTooComplex, GrammarUnsupported
-from engine.grammar import MAX_KEPT, MAX_PENDING, Grammar, GrammarCompiler
+from engine.grammar import MAX_KEPT, MAX_PENDING, NUM_THREADS, Grammar, GrammarCompiler
 from server.token_text import TokenText
 from tests.tiny_bases import byte_fallback_tokenizer, tiny_tokenizer
 
@@ -137,10 +141,32 @@ def test_grammar_is_compiled_once_and_the_latest_are_kept(compiler: GrammarCompi
 
 def test_too_many_at_once_are_refused() -> None:
     compiler = GrammarCompiler(tiny_tokenizer(), vocabulary=VOCABULARY, eos_token_ids=frozenset({2}))
-    with compiler._vocabulary_lock:  # so that none of them can end
-        futures = [compiler.compile(f'start: "{number}"') for number in range(MAX_PENDING)]
-        with pytest.raises(GrammarBusy, match=str(MAX_PENDING)):
-            compiler.compile('start: "one more"')
-    assert [future.result(timeout=20) for future in futures]
+    may_compile = threading.Event()
+    for _ in range(NUM_THREADS):
+        compiler._threads.submit(may_compile.wait)
+    futures = [compiler.compile(f'start: "{number}"') for number in range(MAX_PENDING)]
+    with pytest.raises(GrammarBusy, match=str(MAX_PENDING)):
+        compiler.compile('start: "one more"')
+    may_compile.set()
+    assert all(future.result(timeout=20) for future in futures)
     assert compile_now(compiler, 'start: "one more"')
     compiler.close()
+
+
+def test_tokenizer_of_an_unknown_kind_supports_no_grammars() -> None:
+    words = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=Tokenizer(models.WordLevel({"one": 0, "two": 1, "</s>": 2}, unk_token="one")),
+        eos_token="</s>",
+    )
+    compiler = GrammarCompiler(words, vocabulary=3, eos_token_ids=frozenset({2}))
+    with pytest.raises(GrammarUnsupported, match="tokenizer"):
+        compile_now(compiler, 'start: "one"')
+
+
+def test_settings_of_the_tokenizer_stay_as_they_are() -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.backend_tokenizer.enable_truncation(max_length=2)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    compiler = GrammarCompiler(tokenizer, vocabulary=VOCABULARY, eos_token_ids=frozenset({2}))
+    assert compile_now(compiler, 'start: "the lazy dog"').start().allowed(VOCABULARY).sum() == 1
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 2
