@@ -1,7 +1,9 @@
 """Structured answers and calls of tools with the real base, through the official client."""
 
 import json
+import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,7 @@ from tests.e2e.server_process import ServerProcess
 
 pytestmark = pytest.mark.e2e
 
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "structured_output.md"
 DEMO_STORE = Path(__file__).parents[2] / "demo" / "store"
 WEATHER = {
     "type": "object",
@@ -181,3 +184,17 @@ def test_refusals_are_the_clients_bad_requests(server: ServerProcess) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         server.openai.chat.completions.create(model=server.model, messages=QUESTION, response_format=wrong)
     assert caught.value.param == "response_format"
+
+
+def test_examples_of_the_documentation_run(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    text = DOCUMENTATION.read_text().replace("http://localhost:8000", server.url).replace("localhost:8000", server.url)
+    command = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)[0]
+    answered = json.loads(subprocess.run(["bash", "-c", command], check=True, capture_output=True, timeout=60).stdout)
+    assert set(json.loads(answered["choices"][0]["message"]["content"])) == {"city", "country", "people"}
+    names: dict[str, Any] = {"__name__": "documentation"}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, DOCUMENTATION.name, "exec"), names)
+    names["client"].close()
+    shown = capsys.readouterr().out
+    assert shown.startswith("city=")
+    assert "get_weather {'city': " in shown

@@ -132,3 +132,31 @@ def test_json_is_written_as_python_writes_it(compiler: GrammarCompiler) -> None:
     assert not takes(compiler, form, '{"a":1}')
     assert not takes(compiler, form, '{\n"a": 1}')
     assert not takes(compiler, form, "[]")
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        (
+            {"oneOf": [{"type": "object", "properties": {"k": {"const": k}}, "required": ["k"]} for k in "ab"]},
+            {"k": "b"},
+            {"k": "c"},
+        ),
+        ({"type": "array", "prefixItems": [{"type": "null"}], "items": {"const": 1}}, [None, 1], [1]),
+        ({"type": "object", "patternProperties": {"^x": {"type": "integer"}}}, {"x1": 2}, {"x1": "2"}),
+        ({"type": "object", "additionalProperties": {"type": "boolean"}}, {"a": True}, {"a": 1}),
+        ({"allOf": [{"minimum": 3}, {"type": "integer", "maximum": 5}]}, 4, 6),
+        ({"type": "string", "format": "date"}, "2026-11-27", "27.11.2026"),
+        ({"type": "string", "minLength": 2, "maxLength": 3}, "a\u20ac", "a"),
+        (
+            {"$ref": "#/$defs/tree", "$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}}}},
+            [[[]]],
+            [1],
+        ),
+    ],
+)
+def test_schemas_are_followed(compiler: GrammarCompiler, schema: dict[str, Any], right: Any, wrong: Any) -> None:
+    wanted = ResponseFormat.model_validate({"type": "json_schema", "json_schema": {"name": "a", "schema": schema}})
+    form = read_form(wanted, None, None, parallel_calls=True)
+    assert takes(compiler, form, json.dumps(right, ensure_ascii=False))
+    assert not takes(compiler, form, json.dumps(wrong, ensure_ascii=False))

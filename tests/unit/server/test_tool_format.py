@@ -39,7 +39,7 @@ def joined(pieces: list[Piece]) -> list[Piece]:
         if kind is CallBegun:
             whole += group
         else:
-            whole.append(kind("".join(piece.text for piece in group if not isinstance(piece, CallBegun))))  # type: ignore[arg-type]
+            whole.append(kind("".join(piece.text for piece in group if not isinstance(piece, CallBegun))))
     return whole
 
 
