@@ -209,7 +209,7 @@ class ChatCompletionRequest(SamplingFields):
             called |= {call.id for call in message.tool_calls or []}
             if message.role == "tool" and message.tool_call_id not in called:
                 said = "messages: a message of a tool answers {id}, which no tool_calls before it have"
-                raise PydanticCustomError("invalid", said, {"id": repr(message.tool_call_id)})  # type: ignore[misc]
+                raise PydanticCustomError("invalid", said, {"id": repr(message.tool_call_id)})
         return self
 
 

@@ -44,7 +44,8 @@ MAX_TOKENS = 300
 @contextmanager
 def running_engine(folder: Path, **options: int) -> Iterator[Client]:
     base = load_base(str(folder), base_format="dense", dtype="float32")
-    engine = Engine(base, **{"max_batch_rows": 8, "max_model_len": 400, "kv_cache_tokens": 4000, **options})
+    settings = {"max_model_len": 400, "kv_cache_tokens": 4000, **options}
+    engine = Engine(base, max_batch_rows=8, fused_step=True, **settings)
     engine.start()
     try:
         yield Client(engine)

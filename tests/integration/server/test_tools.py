@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from engine.errors import GrammarTooComplex
+from server.schemas import ChatCompletionRequest
 from server.tool_format import write_call
 from tests.servers import LiveServer, run_live_server
 
@@ -292,3 +293,20 @@ def test_fields_of_newer_clients_are_tolerated(calling: LiveServer) -> None:
     answer = calling.chat("?", **fields).json()
     assert answer["usage"]["completion_tokens"] == 5
     assert answer["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
+def test_content_of_every_role_may_come_in_parts(calling: LiveServer, role: str) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "time", "arguments": "{}"}}
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    messages: list[dict[str, Any]] = [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": role, "content": parts, "tool_call_id": "a"},
+    ]
+    assert calling.chat(messages=messages).status_code == 200
+    assert "one two" in prompt_of(calling)
+
+
+def test_null_is_as_good_as_nothing_for_every_field(calling: LiveServer) -> None:
+    fields = set(ChatCompletionRequest.model_fields) - {"messages"}
+    assert calling.chat("?", **dict.fromkeys(fields)).status_code == 200

@@ -88,7 +88,7 @@ def compiler() -> GrammarCompiler:
 
 def test_answers_of_one_grammar_do_not_disturb_each_other(compiler: GrammarCompiler) -> None:
     grammar = compile_now(compiler, 'start: "the" | "fox"')
-    t, f = (tiny_tokenizer().convert_tokens_to_ids(letter) for letter in "tf")
+    t, f = tiny_tokenizer().convert_tokens_to_ids(["t", "f"])
     one, other = grammar.start(), grammar.start()
     one.take(t)
     assert not one.allowed(VOCABULARY)[f]
@@ -169,4 +169,6 @@ def test_settings_of_the_tokenizer_stay_as_they_are() -> None:
     tokenizer.backend_tokenizer.enable_padding(length=9)
     compiler = GrammarCompiler(tokenizer, vocabulary=VOCABULARY, eos_token_ids=frozenset({2}))
     assert compile_now(compiler, 'start: "the lazy dog"').start().allowed(VOCABULARY).sum() == 1
-    assert tokenizer.backend_tokenizer.truncation["max_length"] == 2
+    truncation = tokenizer.backend_tokenizer.truncation
+    assert truncation is not None
+    assert truncation["max_length"] == 2

@@ -49,7 +49,7 @@ OTHER = """
 {%- endfor %}
 """
 FIND = Function(name="find", description="Finds it.", parameters={"type": "object", "properties": {}})
-MESSAGES = [
+MESSAGES: list[dict[str, Any]] = [
     {"role": "user", "content": "Where?"},
     {
         "role": "assistant",
