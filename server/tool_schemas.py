@@ -96,6 +96,7 @@ def _object_as_text(value: str) -> str:
     """Clients send back what they were given; a call without arguments may be an empty text."""
     try:
         arguments = json.loads(value or "{}")
+        json.dumps(arguments, ensure_ascii=False).encode()  # escapes can say half a surrogate pair
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):

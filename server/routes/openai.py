@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from server.access import ApiRoute
+from server.answer_grammar import read_form
 from server.answers import AnswerShape, collect_answer
 from server.app_state import service_of, settings_of
 from server.boundary import record_of
@@ -90,7 +91,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
     if body.messages is not None:
         prompt = await reader.read_chat(
             body.messages,
-            functions=[tool.function for tool in body.tools or []],
+            functions=read_form(None, body.tools, None, parallel_calls=True).functions,
             add_generation_prompt=body.add_generation_prompt,
             add_special_tokens=bool(body.add_special_tokens),
         )

@@ -224,6 +224,7 @@ def tool(value: Any) -> dict[str, Any]:
         ({"tools": [TIME], "tool_choice": "always"}, "tool_choice", "must be none, auto, required"),
         ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "'x'"),
         ({"tool_choice": "required"}, "tool_choice", "tools"),
+        (tool({"description": "\ud800"}), "tools", "surrogates"),
         ({"tools": [TIME], "parallel_tool_calls": "no"}, "parallel_tool_calls", "boolean"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0", "tool_call_id is missing"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "y"}]}, None, "'y'"),
@@ -232,28 +233,33 @@ def tool(value: Any) -> dict[str, Any]:
             "messages.0.tool_calls.0.id",
             "required",
         ),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "assistant",
-                        "tool_calls": [
-                            {"id": "a", "type": "function", "function": {"name": "f", "arguments": "[1]"}},
-                        ],
-                    }
-                ]
-            },
-            "messages.0.tool_calls.0.function.arguments",
-            "must be a JSON object",
-        ),
     ],
 )
 def test_what_is_wrong_is_named(calling: LiveServer, fields: dict[str, Any], param: str | None, said: str) -> None:
-    response = calling.chat("?", **fields)
+    content = json.dumps({"messages": [{"role": "user", "content": "?"}], **fields})
+    with calling.client() as client:
+        headers = {"content-type": "application/json"}
+        response = client.post("/v1/chat/completions", content=content, headers=headers)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
     assert said in error["message"]
+
+
+@pytest.mark.parametrize("parameters", [{"description": "\ud800"}, {"type": "string"}])
+def test_counting_refuses_the_tools_that_a_chat_refuses(calling: LiveServer, parameters: dict[str, Any]) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], **tool(parameters)}
+    with calling.client() as client:
+        response = client.post("/tokenize", content=json.dumps(body), headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "{", "nothing", "[" * 100_000, '{"x": "\\ud800"}'])
+def test_arguments_that_are_no_object_are_refused(calling: LiveServer, arguments: str) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    response = calling.chat(messages=[{"role": "assistant", "tool_calls": [call]}])
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages.0.tool_calls.0.function.arguments"
 
 
 def test_nested_bomb_is_refused(calling: LiveServer) -> None:
