@@ -29,9 +29,9 @@ SCHEMAS: dict[str, Any] = {
     "order": ORDER,
     "any object": {"type": "object"},
     "500 optional properties": {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(500)}},
-    "400 variants": {
+    "250 variants": {
         "anyOf": [
-            {"type": "object", "properties": {"kind": {"const": f"k{n}"}, "x": {"type": "string"}}} for n in range(400)
+            {"type": "object", "properties": {"kind": {"const": f"k{n}"}, "x": {"type": "string"}}} for n in range(250)
         ]
     },
     "multipleOf 9973": {"type": "integer", "multipleOf": 9973},
