@@ -75,6 +75,7 @@ def measure(rounds: int) -> dict[str, Any]:
         "vocabulary": vocabulary,
         "vocabulary_seconds": reading,
         "masks": {name: mask_cost(compiler, schema, vocabulary) for name, schema in SCHEMAS.items()},
+        "sampling_milliseconds_of_one_core": sampling_cost(compiler, vocabulary),
         "plain_row_milliseconds_per_token": beside(engine, compiler, rounds),
         "dtype": str(base.dtype),
     }
@@ -124,6 +125,33 @@ def mask_cost(compiler: Any, schema: Any, vocabulary: int) -> dict[str, float]:
         "token_p99": 1e3 * steps[int(0.99 * len(steps))],
         "token_most": 1e3 * steps[-1],
     }
+
+
+def sampling_cost(compiler: Any, vocabulary: int) -> dict[str, float]:
+    """Median milliseconds of one core for picking a token of each row, masks included, whatever else the machine does."""
+    import torch
+
+    from engine.sampling import RowSampler, sample
+    from engine.types import SamplingParams
+
+    grammar = compile_now(compiler, TEXT)
+    logits = torch.randn(ROWS, vocabulary, generator=torch.Generator().manual_seed(0))
+    costs = {}
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for num_bound in (0, 1, 4, 7):
+        kinds = [grammar] * num_bound + [None] * (ROWS - num_bound)
+        wishes = [SamplingParams(max_tokens=1000, seed=1, grammar=kind) for kind in kinds]
+        rows = [RowSampler(wish, frozenset(), frozenset()) for wish in wishes]
+        seconds = []
+        for _ in range(60):
+            fresh = logits.clone()
+            started = time.thread_time()
+            sample(fresh, rows)
+            seconds.append(time.thread_time() - started)
+        costs[f"{num_bound} of {ROWS} rows"] = 1e3 * statistics.median(seconds[5:])
+    torch.set_num_threads(num_threads)
+    return costs
 
 
 def beside(engine: Any, compiler: Any, rounds: int) -> dict[str, float]:
