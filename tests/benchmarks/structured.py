@@ -128,7 +128,7 @@ def mask_cost(compiler: Any, schema: Any, vocabulary: int) -> dict[str, float]:
 
 
 def sampling_cost(compiler: Any, vocabulary: int) -> dict[str, float]:
-    """Median milliseconds of one core for picking a token of each row, masks included, whatever else the machine does."""
+    """Median milliseconds of one core for picking a token of each row, masks included."""
     import torch
 
     from engine.sampling import RowSampler, sample
