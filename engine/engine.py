@@ -362,6 +362,10 @@ class Engine:
             if sequence.request.sampling.max_tokens == 0:
                 self._finish(sequence, "length")
                 continue
+            if (error := sequence.sampler.grammar_error) is not None:
+                self._forget(sequence)
+                sequence.on_event(FailedEvent(error))
+                continue
             sequence.token_ids.append(token)
             event = sequence.detokenizer.push(token, logprobs.of(index, token))
             if event is not None:
@@ -373,7 +377,7 @@ class Engine:
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         sampling = sequence.request.sampling
         ended = token in self.base.eos_token_ids and not sampling.ignore_eos
-        if ended or sequence.detokenizer.stopped:
+        if ended or sequence.detokenizer.stopped or sequence.sampler.is_complete:
             return "stop"
         return "length" if sequence.num_output >= sampling.max_tokens else None
 

@@ -3,6 +3,9 @@
 EngineError
 ├── BaseUnsupported     the base cannot be loaded or wrapped; names the missing or foreign part
 ├── PromptTooLong       prompt and requested tokens do not fit the context
+├── GrammarUnsupported  a grammar cannot be compiled; says why
+├── GrammarTooComplex   an answer cannot be followed through its grammar within the limits of a step
+├── GrammarBusy         too many grammars are being compiled already
 ├── EngineStopped       submitted to, or interrupted by, an engine that is shutting down
 └── EngineFailed        a step raised; every request that shared the engine is told
 """
@@ -18,6 +21,18 @@ class BaseUnsupported(EngineError):
 
 class PromptTooLong(EngineError):
     """Prompt and requested tokens do not fit the context."""
+
+
+class GrammarUnsupported(EngineError):
+    """A grammar cannot be compiled; the message says why."""
+
+
+class GrammarTooComplex(EngineError):
+    """An answer cannot be followed through its grammar within the limits of a step."""
+
+
+class GrammarBusy(EngineError):
+    """Too many grammars are being compiled already."""
 
 
 class EngineStopped(EngineError):

@@ -10,9 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.errors import GrammarTooComplex
+from engine.grammar import GrammarState
 from engine.types import SamplingParams, TokenLogprob
 
 MIN_TEMPERATURE = 1e-5  # below it, sampling is greedy: the quotient would overflow
@@ -26,11 +30,13 @@ class RowSampler:
     prompt_ids: frozenset[int]
     forbidden_before_min: frozenset[int]  # tokens that would end the sequence
     generator: Random = field(init=False)
+    grammar: GrammarState | None = field(init=False)
     output_counts: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         seed = self.params.seed  # Random takes the absolute value, which would make -1 and 1 twins
         self.generator = Random(None if seed is None else seed % 2**64)  # noqa: S311 - None: the system's entropy
+        self.grammar = None if self.params.grammar is None else self.params.grammar.start()
 
     @property
     def is_restricted(self) -> bool:
@@ -41,6 +47,16 @@ class RowSampler:
     def num_output(self) -> int:
         """Tokens produced so far."""
         return self.output_counts.total()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the row's grammar lets nothing follow."""
+        return self.grammar is not None and self.grammar.is_complete
+
+    @property
+    def grammar_error(self) -> GrammarTooComplex | None:
+        """Why the row's tokens are not inside its grammar, if they are not."""
+        return None if self.grammar is None else self.grammar.error
 
     def repetition(self) -> Mapping[int, float]:
         """By token that was seen, what its logit is divided or multiplied by."""
@@ -56,7 +72,24 @@ class RowSampler:
 
     def forbidden(self) -> Mapping[int, float]:
         """By token that must not come yet, infinity."""
-        return {} if self.num_output >= self.params.min_tokens else dict.fromkeys(self.forbidden_before_min, math.inf)
+        may_end = self.grammar is not None or self.num_output >= self.params.min_tokens
+        return {} if may_end else dict.fromkeys(self.forbidden_before_min, math.inf)
+
+    def allowed(self, vocabulary: int) -> NDArray[np.bool_]:
+        """(V,) what the grammar allows next; its end only once there are enough tokens, if anything else is left."""
+        assert self.grammar is not None
+        allowed = self.grammar.allowed(vocabulary)
+        if self.num_output < self.params.min_tokens:
+            longer = allowed.copy()
+            longer[list(self.forbidden_before_min)] = False
+            return longer if longer.any() else allowed
+        return allowed
+
+    def take(self, token: int) -> None:
+        """The token that was chosen."""
+        self.output_counts[token] += 1
+        if self.grammar is not None:
+            self.grammar.take(token)
 
 
 @torch.inference_mode()
@@ -75,12 +108,12 @@ def sample(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
             for index, token in zip(indices, drawn, strict=True):
                 tokens[index] = token
     for row, token in zip(rows, tokens, strict=True):
-        row.output_counts[token] += 1
+        row.take(token)
     return tokens
 
 
 def adjust(logits: Tensor, rows: Sequence[RowSampler]) -> None:
-    """Applies bias, penalties and min_tokens to (N, V), in place and in this order, each to all rows at once."""
+    """Applies bias, penalties, min_tokens, grammars to (N, V), in place and in this order, each to all rows at once."""
     if (named := _named(logits, [row.params.logit_bias for row in rows])) is not None:
         places, bias = named
         logits[places] += bias
@@ -92,6 +125,11 @@ def adjust(logits: Tensor, rows: Sequence[RowSampler]) -> None:
         if (named := _named(logits, of_rows)) is not None:
             places, amount = named
             logits[places] -= amount
+    if constrained := [index for index, row in enumerate(rows) if row.grammar is not None]:
+        allowed = np.stack([rows[index].allowed(logits.shape[-1]) for index in constrained])
+        ruled_out = torch.from_numpy(~allowed).to(logits.device)
+        for index, of_row in zip(constrained, ruled_out, strict=True):  # in place: half of what gathering rows takes
+            logits[index].masked_fill_(of_row, -torch.inf)
 
 
 def _named(logits: Tensor, of_rows: Sequence[Mapping[int, float]]) -> tuple[tuple[Tensor, Tensor], Tensor] | None:

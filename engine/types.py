@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from engine.grammar import Grammar
 from engine.slots import ResidentDomain
 
 MAX_LOGPROBS = 20
@@ -35,6 +36,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
     logprobs: int | None = None  # None is off; else how many alternatives beside the chosen token
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None  # the text stays inside it, and ends with it, whatever min_tokens and ignore_eos say
 
     def __post_init__(self) -> None:
         _check_range("max_tokens", self.max_tokens, 0, math.inf)

@@ -29,9 +29,9 @@ class AnswerShape(Protocol):
 
     def prompt(self, index: int, event: PromptEvent) -> Json | None: ...
 
-    def tokens(self, index: int, event: TokensEvent) -> Json | None: ...
+    def tokens(self, index: int, event: TokensEvent) -> Sequence[Json]: ...
 
-    def finish(self, index: int, event: FinishedEvent) -> Json: ...
+    def finish(self, index: int, event: FinishedEvent) -> Sequence[Json]: ...
 
     def choice(self, index: int, collected: CollectedChoice) -> Json: ...
 
@@ -51,9 +51,12 @@ def mix_report(run: PromptRun) -> Json:
     return report
 
 
-def usage(generation: Generation) -> Json:
-    """Token counts as OpenAI counts them: a prompt once, however many answers it has."""
-    read, written = generation.prompt_tokens, generation.completion_tokens
+def usage(generation: Generation, *, written: int | None = None) -> Json:
+    """Token counts as OpenAI counts them: a prompt once, however many answers it has.
+
+    `written` are the tokens so far, of a generation that still runs.
+    """
+    read, written = generation.prompt_tokens, generation.completion_tokens if written is None else written
     return {
         "prompt_tokens": read,
         "completion_tokens": written,

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from transformers.utils.logging import disable_progress_bar
 
 from engine.engine import Engine
+from engine.grammar import GrammarCompiler
 from engine.model.base import Base, load_base
 from engine.slots import ResidentDomain, prepare_loads
 from router.checkpoint import RouterCheckpoint
@@ -109,6 +110,9 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
         routing=routing,
         # A copy, because the engine's thread uses the original.
         reader=PromptReader(copy.deepcopy(base.tokenizer), max_model_len=engine.max_model_len),
+        grammars=GrammarCompiler(
+            base.tokenizer, vocabulary=base.text_config.vocab_size, eos_token_ids=base.eos_token_ids
+        ),
         token_text=TokenText(base.tokenizer),
         metrics=metrics,
         admission=Admission(limit=settings.engine.max_batch_rows + settings.server.max_queue),

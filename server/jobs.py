@@ -1,21 +1,29 @@
 """Reads an OpenAI request into a job for the service. Knows field names and token limits, not how a job is run."""
 
+import asyncio
+
+from engine.errors import GrammarUnsupported
+from engine.grammar import Grammar
 from engine.types import SamplingParams
+from server.answer_grammar import AnswerForm, read_form
 from server.errors import InvalidRequest
 from server.schemas import ChatCompletionRequest, CompletionRequest, SamplingFields
 from server.service import Job, Service
 
 DEFAULT_COMPLETION_TOKENS = 16  # as in OpenAI's reference of /v1/completions
+COMPILE_SECONDS = 10.0
 
 
 async def read_chat_job(service: Service, request: ChatCompletionRequest) -> Job:
     """Renders, counts and checks. Everything that is wrong with the request is raised here."""
     choice = service.choose(request.model, request.brainstacks)
     service.admission.require_room(request.n or 1)
-    prompt = await service.reader.read_chat(request.messages)
+    form = _read_form(request)
+    prompt = await service.reader.read_chat(request.messages, functions=form.functions)
     max_tokens = service.reader.fit(prompt, request.token_limit, param="messages")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    sampling = _read_sampling(service, request, max_tokens=max_tokens, logprobs=logprobs)
+    grammar = await _compile(service, form)
+    sampling = _read_sampling(service, request, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar)
     return Job((prompt,), (sampling,), request.n or 1, choice)
 
 
@@ -37,8 +45,36 @@ async def read_completion_job(service: Service, request: CompletionRequest) -> J
     return Job(tuple(prompts), tuple(samplings), request.n or 1, choice)
 
 
+def _read_form(request: ChatCompletionRequest) -> AnswerForm:
+    parallel_calls = request.parallel_tool_calls is not False
+    return read_form(request.response_format, request.tools, request.tool_choice, parallel_calls=parallel_calls)
+
+
+async def _compile(service: Service, form: AnswerForm) -> Grammar | None:
+    """Off the event loop and off the engine's thread. InvalidRequest, with the reason, for what cannot be followed."""
+    if form.grammar is None:
+        return None
+    compiling = asyncio.wrap_future(service.grammars.compile(form.grammar))
+    compiling.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, if nobody waits any more
+    try:
+        async with asyncio.timeout(COMPILE_SECONDS):
+            return await asyncio.shield(compiling)  # others may wait for the same grammar
+    except GrammarUnsupported as error:
+        raise InvalidRequest(f"{form.param}: {error}", param=form.param) from error
+    except TimeoutError as error:
+        raise InvalidRequest(
+            f"{form.param}: the schema takes longer than {COMPILE_SECONDS:.0f} seconds to compile", param=form.param
+        ) from error
+
+
 def _read_sampling(
-    service: Service, request: SamplingFields, *, max_tokens: int, logprobs: int | None, echo: bool | None = False
+    service: Service,
+    request: SamplingFields,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    echo: bool | None = False,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """OpenAI's defaults where a field is missing or null."""
 
@@ -61,6 +97,7 @@ def _read_sampling(
             logit_bias=_read_logit_bias(service, request),
             logprobs=logprobs,
             prompt_logprobs=logprobs if echo else None,
+            grammar=grammar,
         )
     except ValueError as error:
         raise InvalidRequest(str(error), param=str(error).split(maxsplit=1)[0]) from error

@@ -12,6 +12,8 @@ from jinja2 import TemplateError
 
 from server.errors import ContextTooLong, InvalidRequest
 from server.schemas import Message
+from server.tool_schemas import Function
+from server.tool_turns import describe, plain_turns, template_knows_tools, template_turns
 
 LONG_TEXT_CHARACTERS = 8192  # beyond it, tokenizing would hold up the event loop for milliseconds
 
@@ -31,15 +33,21 @@ class PromptReader:
     def __init__(self, tokenizer: Any, *, max_model_len: int) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
+        self._template_knows_tools = template_knows_tools(tokenizer)
 
     async def read_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, add_special_tokens: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        functions: Sequence[Function] = (),
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
     ) -> Prompt:
-        """The messages in the base's own template; routed by the last user message.
+        """The messages in the base's own template, with the functions that may be called; routed by the last user's.
 
         A template writes its own special tokens, so the tokenizer adds none unless it is told to.
         """
-        rendered = self._render(messages, add_generation_prompt=add_generation_prompt)
+        rendered = self._render(messages, functions, add_generation_prompt=add_generation_prompt)
         token_ids = await self.encode(rendered, add_special_tokens=add_special_tokens)
         earlier = user_texts(messages)[:-1]
         return Prompt(token_ids, last_user_text(messages), earlier[-1] if earlier else None)
@@ -96,13 +104,17 @@ class PromptReader:
     def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def _render(
+        self, messages: Sequence[Message], functions: Sequence[Function], *, add_generation_prompt: bool
+    ) -> str:
         if not self.tokenizer.chat_template:
             raise InvalidRequest("this base has no chat template; use /v1/completions", param="messages")
-        turns = [{"role": _template_role(message.role), "content": message.text} for message in messages]
+        knows_tools = self._template_knows_tools
+        turns = template_turns(messages) if knows_tools else plain_turns(messages, functions)
+        tools = [describe(function) for function in functions] if knows_tools and functions else None
         try:
             rendered: str = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+                turns, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except TemplateError as error:
             raise InvalidRequest(
@@ -119,7 +131,3 @@ def user_texts(messages: Sequence[Message]) -> list[str]:
 def last_user_text(messages: Sequence[Message]) -> str:
     """What the router reads: the last user message, or the last message if no user speaks."""
     return (user_texts(messages) or [messages[-1].text])[-1]
-
-
-def _template_role(role: str) -> str:
-    return "system" if role == "developer" else role  # the new name of the same role; templates know the old one

@@ -5,40 +5,22 @@ field that asks for what cannot be done here is refused as unsupported instead o
 because the API has that many fields.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from engine.types import MAX_LOGPROBS, MAX_STOP_STRINGS
+from server.text_fields import Text, said_plainly
+from server.tool_schemas import MAX_TOOLS, ResponseFormat, Tool, ToolCall, ToolChoice
 
 MAX_CHOICES = 128
-
-
-def _said_plainly(message: str) -> WrapValidator:
-    """One sentence in place of a report on every member of a union."""
-
-    def check(value: object, handler: ValidatorFunctionWrapHandler) -> object:
-        try:
-            return handler(value)
-        except ValidationError as error:
-            unsupported = [fault for fault in error.errors() if fault["type"] == "unsupported"]
-            kind = "unsupported" if unsupported else "invalid"
-            raise PydanticCustomError(
-                kind, "{said}", {"said": unsupported[0]["msg"] if unsupported else message}
-            ) from None
-
-    return WrapValidator(check)
 
 
 def _refuse_unless(*neutral: object) -> BeforeValidator:
@@ -50,18 +32,6 @@ def _refuse_unless(*neutral: object) -> BeforeValidator:
         raise PydanticCustomError("unsupported", "is not supported by this server")
 
     return BeforeValidator(check)
-
-
-def _encodable(value: str) -> str:
-    """JSON can say half a surrogate pair, which is no text and which no tokenizer takes."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("invalid", "must be valid unicode text, without lone surrogates") from None
-    return value
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
 
 
 class TextPart(BaseModel):
@@ -83,23 +53,24 @@ def _text_parts_only(value: object) -> object:
 
 Content = Annotated[
     Text | list[TextPart] | None,
-    _said_plainly("must be a string or a list of text parts"),
+    said_plainly("must be a string or a list of text parts"),
     BeforeValidator(_text_parts_only),
 ]
 
 
 def _supported_role(value: object) -> object:
-    if value in ("tool", "function"):
-        raise PydanticCustomError("unsupported", "messages of tools are not supported by this server")
+    if value == "function":
+        raise PydanticCustomError("unsupported", "messages of functions are not supported by this server; use tool")
     return value
 
 
 class Message(BaseModel):
     """One turn of a chat."""
 
-    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_supported_role)]
+    role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_supported_role)]
     content: Content = None
-    tool_calls: Annotated[None, _refuse_unless([])] = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Text | None = None
     function_call: Annotated[None, _refuse_unless()] = None
 
     @property
@@ -109,6 +80,14 @@ class Message(BaseModel):
             return "".join(part.text for part in self.content)
         return self.content or ""
 
+    @model_validator(mode="after")
+    def _tools_where_they_belong(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("invalid", "tool_calls is only allowed on messages of the assistant")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise PydanticCustomError("invalid", "tool_call_id is missing on a message of a tool")
+        return self
+
 
 class StreamOptions(BaseModel):
     """What a stream carries beside its tokens."""
@@ -116,6 +95,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # as vLLM has it: the counts so far on every chunk
 
 
 class MixRequest(BaseModel):
@@ -138,15 +118,9 @@ class MixRequest(BaseModel):
 
 StopStrings = Annotated[
     Text | Annotated[list[Text], Field(max_length=MAX_STOP_STRINGS)] | None,
-    _said_plainly(f"must be a string or a list of at most {MAX_STOP_STRINGS} strings"),
+    said_plainly(f"must be a string or a list of at most {MAX_STOP_STRINGS} strings"),
 ]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-
-
-class ResponseFormat(BaseModel):
-    """Plain text is the only form so far."""
-
-    type: Annotated[Any, _refuse_unless("text")] = None
 
 
 class SamplingFields(BaseModel):
@@ -182,6 +156,11 @@ class SamplingFields(BaseModel):
         """Whether the stream ends with a chunk of token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def wants_running_usage(self) -> bool:
+        """Whether every chunk of the stream carries the counts so far."""
+        return self.wants_usage_chunk and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.stream_options is not None and not self.stream:
@@ -200,8 +179,9 @@ class ChatCompletionRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[None, _refuse_unless([])] = None
-    tool_choice: Annotated[None, _refuse_unless("none", "auto")] = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: Annotated[None, _refuse_unless([])] = None
     function_call: Annotated[None, _refuse_unless("none", "auto")] = None
     modalities: Annotated[None, _refuse_unless(["text"], [])] = None
@@ -213,19 +193,30 @@ class ChatCompletionRequest(SamplingFields):
         """The newer name wins; both may be given only with one value."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
+    @property
+    def may_call_tools(self) -> bool:
+        """Whether the answer may hold calls of tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
     @model_validator(mode="after")
     def _chat_consistent(self) -> Self:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise PydanticCustomError("invalid", "max_tokens and max_completion_tokens must not differ")
         if self.top_logprobs is not None and not self.logprobs:
             raise PydanticCustomError("invalid", "top_logprobs needs logprobs to be true")
+        called: set[str] = set()
+        for message in self.messages:
+            called |= {call.id for call in message.tool_calls or []}
+            if message.role == "tool" and message.tool_call_id not in called:
+                said = "messages: a message of a tool answers {id}, which no tool_calls before it have"
+                raise PydanticCustomError("invalid", said, {"id": repr(message.tool_call_id)})
         return self
 
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 PromptField = Annotated[
     Text | Annotated[list[Text], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)],
-    _said_plainly("must be a string, a list of strings, a list of token ids, or a list of lists of token ids"),
+    said_plainly("must be a string, a list of strings, a list of token ids, or a list of lists of token ids"),
 ]
 
 
@@ -280,6 +271,7 @@ class TokenizeRequest(PromptOrMessages):
 
     add_generation_prompt: bool = True
     add_special_tokens: bool | None = Field(default=None, description="default: true for a prompt, false for messages")
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
 
 
 class DetokenizeRequest(BaseModel):

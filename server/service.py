@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+from engine.grammar import GrammarCompiler
 from engine.types import SamplingParams
 from router.router import Route
 from server.admission import Admission
@@ -43,6 +44,7 @@ class Service:
         catalog: Catalog,
         routing: Routing,
         reader: PromptReader,
+        grammars: GrammarCompiler,
         token_text: TokenText,
         metrics: ServerMetrics,
         admission: Admission,
@@ -53,6 +55,7 @@ class Service:
         self.catalog = catalog
         self.routing = routing
         self.reader = reader
+        self.grammars = grammars
         self.token_text = token_text
         self.metrics = metrics
         self.admission = admission
@@ -98,6 +101,7 @@ class Service:
 
     def close(self) -> None:
         """Ends what the service itself started. Idempotent."""
+        self.grammars.close()
         if self._gap_log is not None:
             self._gap_log.close()
 

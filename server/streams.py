@@ -8,7 +8,7 @@ headers is an event of its own and ends the stream.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -40,6 +40,7 @@ class AnswerStream(Response):
         *,
         record: RequestRecord,
         wants_usage: bool,
+        wants_running_usage: bool = False,
         deadline: float,
         headers: Mapping[str, str],
         last_sends_seconds: float = LAST_SENDS_SECONDS,
@@ -51,6 +52,7 @@ class AnswerStream(Response):
         self._shape = shape
         self._record = record
         self._wants_usage = wants_usage
+        self._wants_running_usage = wants_running_usage
         self._deadline = deadline
         self._last_sends_seconds = last_sends_seconds
 
@@ -83,25 +85,34 @@ class AnswerStream(Response):
         await _send_part(send, DONE)
 
     async def _chunks(self) -> AsyncIterator[Json]:
-        counts: Json = {"usage": None} if self._wants_usage else {}
+        written = 0
+
+        def counts() -> Json:
+            if self._wants_running_usage:
+                return {"usage": usage(self._generation, written=written)}
+            return {"usage": None} if self._wants_usage else {}
+
         for index in range(self._generation.num_choices):
             if (choice := self._shape.opening(index)) is not None:
-                yield {"choices": [choice]} | counts
+                yield {"choices": [choice]} | counts()
         unfinished = {id(run): len(run.plan.samplings) for run in self._generation.runs}
         async for index, event in self._generation.events():
+            report: Json = {}
+            choices: Sequence[Json] = ()
             if isinstance(event, PromptEvent):
                 choice = self._shape.prompt(index, event)
+                choices = () if choice is None else (choice,)
             elif isinstance(event, TokensEvent):
-                choice = self._shape.tokens(index, event)
+                written += len(event.token_ids)
+                choices = self._shape.tokens(index, event)
             else:
                 assert isinstance(event, FinishedEvent)
                 run = self._generation.run_of(index)
                 unfinished[id(run)] -= 1
+                choices = self._shape.finish(index, event)
                 report = {"brainstacks": mix_report(run)} if unfinished[id(run)] == 0 else {}
-                yield {"choices": [self._shape.finish(index, event)]} | counts | report
-                continue
-            if choice is not None:
-                yield {"choices": [choice]} | counts
+            for number, choice in enumerate(choices, start=1):
+                yield {"choices": [choice]} | counts() | (report if number == len(choices) else {})
         if self._wants_usage:
             yield {"choices": [], "usage": usage(self._generation)}
 

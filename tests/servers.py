@@ -22,6 +22,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from engine.errors import EngineStopped
+from engine.grammar import GrammarCompiler
 from engine.slots import ResidentDomain
 from engine.types import (
     EngineSnapshot,
@@ -326,6 +327,7 @@ def run_live_server(
     has_router: bool = True,
     has_import_root: bool = True,
     answer: str = ANSWER,
+    max_model_len: int = 400,
     download_chunk_bytes: int = CHUNK_BYTES,
     failure_ttl_seconds: float = 5.0,
     large_rank: int | None = None,
@@ -345,7 +347,7 @@ def run_live_server(
     if large_rank is not None:
         register_large(registry, folder / "import", large_rank)
     tokenizer = byte_tokenizer()
-    engine, router = ScriptedEngine(tokenizer, answer=answer), ScriptedRouter()
+    engine, router = ScriptedEngine(tokenizer, answer=answer, max_model_len=max_model_len), ScriptedRouter()
     metrics, versions, may_load = ServerMetrics(version="0", base=BASE), Versions(), threading.Event()
     may_load.set()
 
@@ -378,6 +380,9 @@ def run_live_server(
         catalog=catalog,
         routing=routing,
         reader=PromptReader(tokenizer, max_model_len=engine.max_model_len),
+        grammars=GrammarCompiler(
+            tokenizer, vocabulary=len(tokenizer), eos_token_ids=frozenset({tokenizer.eos_token_id})
+        ),
         token_text=TokenText(tokenizer),
         metrics=metrics,
         admission=Admission(limit=4 + chosen.server.max_queue),

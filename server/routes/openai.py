@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from server.access import ApiRoute
+from server.answer_grammar import read_form
 from server.answers import AnswerShape, collect_answer
 from server.app_state import service_of, settings_of
 from server.boundary import record_of
@@ -37,7 +38,10 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     service = service_of(request)
     job = await read_chat_job(service, body)
     shape = ChatShape(
-        model=body.model or service.served_name, wants_logprobs=bool(body.logprobs), text=service.token_text
+        model=body.model or service.served_name,
+        wants_logprobs=bool(body.logprobs),
+        text=service.token_text,
+        has_tools=body.may_call_tools,
     )
     return await _answer(request, body, job, shape)
 
@@ -88,6 +92,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
     if body.messages is not None:
         prompt = await reader.read_chat(
             body.messages,
+            functions=read_form(None, body.tools, None, parallel_calls=True).functions,
             add_generation_prompt=body.add_generation_prompt,
             add_special_tokens=bool(body.add_special_tokens),
         )
@@ -111,7 +116,13 @@ async def _answer(request: Request, body: SamplingFields, job: Job, shape: Answe
     headers = {MIX_HEADER: generation.shown_mix}
     if body.stream:
         return AnswerStream(
-            generation, shape, record=record, wants_usage=body.wants_usage_chunk, deadline=deadline, headers=headers
+            generation,
+            shape,
+            record=record,
+            wants_usage=body.wants_usage_chunk,
+            wants_running_usage=body.wants_running_usage,
+            deadline=deadline,
+            headers=headers,
         )
     try:
         answer = await run_for_client(request.receive, collect_answer(generation, shape), deadline=deadline)

@@ -61,10 +61,21 @@ def test_no_chunk_holds_half_a_character(server: LiveServer) -> None:
 
 
 def test_usage_comes_in_a_last_chunk_if_asked_for(server: LiveServer) -> None:
-    chunks = chunks_of(server, stream_options={"include_usage": True, "continuous_usage_stats": True})
+    chunks = chunks_of(server, stream_options={"include_usage": True})
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == len(ANSWER.encode())
+
+
+def test_usage_so_far_is_on_every_chunk_if_asked_for(server: LiveServer) -> None:
+    chunks = chunks_of(server, stream_options={"include_usage": True, "continuous_usage_stats": True})
+    written = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert written[0] == 0
+    assert written == sorted(written)
+    assert written[-1] == len(ANSWER.encode())
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {len("<|user|>hello\n<|assistant|>")}
+    without = chunks_of(server, stream_options={"continuous_usage_stats": True})
+    assert all("usage" not in chunk for chunk in without)
 
 
 def test_extension_rides_in_the_chunk_with_the_finish_reason(server: LiveServer) -> None:

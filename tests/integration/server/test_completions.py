@@ -115,6 +115,16 @@ def test_messages_are_tokenized_as_the_model_reads_them(server: LiveServer) -> N
     assert without["count"] == len("<|user|>hi\n")
 
 
+def test_tools_are_counted_as_the_model_is_told_of_them(server: LiveServer) -> None:
+    tools = [{"type": "function", "function": {"name": "find"}}]
+    with server.client() as client:
+        body = {"messages": [{"role": "user", "content": "hi"}], "tools": tools}
+        tokens = client.post("/tokenize", json=body).json()["tokens"]
+        text = client.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
+    assert text.startswith("<|system|># Tools\n")
+    assert text.endswith("<|user|>hi\n<|assistant|>")
+
+
 def test_special_tokens_are_added_as_asked_for(server: LiveServer) -> None:
     tokenizer = server.service.reader.tokenizer
     end = ("<|end|>", tokenizer.eos_token_id)

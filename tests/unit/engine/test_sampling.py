@@ -2,12 +2,15 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 
+from engine.grammar import GrammarCompiler
 from engine.sampling import RowSampler, adjust, sample, token_logprobs
 from engine.types import SamplingParams
+from tests.tiny_bases import tiny_tokenizer
 
 
 def row(prompt: set[int] | None = None, ends: set[int] | None = None, **options: object) -> RowSampler:
@@ -152,3 +155,45 @@ def test_logprobs_are_natural_logs_of_the_raw_distribution() -> None:
 def test_bad_parameters_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         SamplingParams(max_tokens=1000, **{field: value})  # type: ignore[arg-type]
+
+
+def letters(text: str) -> list[int]:
+    return [tiny_tokenizer().get_vocab()[letter] for letter in text]
+
+
+def test_grammar_cuts_its_own_row_only() -> None:
+    compiler = GrammarCompiler(tiny_tokenizer(), vocabulary=384, eos_token_ids=frozenset({2}))
+    grammar = compiler.compile("start: /[xyz]+/").result(timeout=20)
+    rows = [row(seed=1), row(grammar=grammar, seed=1), row(seed=2, logit_bias={7: 3.0})]
+    logits = torch.randn(3, 384, generator=torch.Generator().manual_seed(0))
+    bound, free = logits.clone(), logits.clone()
+    adjust(bound, rows)
+    adjust(free, [row(seed=1), row(seed=1), row(seed=2, logit_bias={7: 3.0})])
+    assert torch.equal(bound[[0, 2]], free[[0, 2]])
+    kept = letters("xyz")
+    assert bound[1].isfinite().nonzero().squeeze(1).tolist() == sorted(kept)
+    assert torch.equal(bound[1, kept], free[1, kept])
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.7}, {"temperature": 0.0}])
+def test_draws_of_a_grammar_are_those_of_a_vocabulary_without_the_rest(options: dict[str, Any]) -> None:
+    compiler = GrammarCompiler(tiny_tokenizer(), vocabulary=384, eos_token_ids=frozenset({2}))
+    grammar = compiler.compile("start: /[xyz]/").result(timeout=20)
+    logits = torch.randn(1, 384, generator=torch.Generator().manual_seed(1))
+    others = [token for token in range(384) if token not in letters("xyz")]
+    small = logits.clone()
+    small[:, others] = -torch.inf
+    for seed in range(200):
+        drawn = sample(logits.clone(), [row(grammar=grammar, seed=seed, **options)])
+        assert drawn == sample(small.clone(), [row(seed=seed, **options)])
+
+
+def test_end_of_a_grammar_waits_for_enough_tokens_if_anything_else_is_left() -> None:
+    compiler = GrammarCompiler(tiny_tokenizer(), vocabulary=384, eos_token_ids=frozenset({2}))
+    grammar = compiler.compile("start: /x{0,2}/").result(timeout=20)
+    waiting = row(grammar=grammar, ends={2}, min_tokens=9)
+    (x,) = letters("x")
+    for expected in ([x], [x], [2]):  # the third has nothing else left
+        assert waiting.allowed(384).nonzero()[0].tolist() == expected
+        waiting.take(expected[0])
+    assert waiting.is_complete
