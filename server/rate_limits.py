@@ -1,8 +1,8 @@
 """Bounds how often a client may ask and how many tokens it may use. Knows clients by a name and time; no HTTP.
 
-Each client has two buckets, of requests and of tokens, that hold a minute's worth and fill up evenly. What a request uses
-is known when it has ended: it comes in while there are any tokens, and what it used is taken then, so that a bucket may be
-overdrawn and its client waits the longer. Lives on the event loop, so needs no lock.
+Each client has two buckets, of requests and of tokens, that hold a minute's worth and fill up evenly. What a request
+uses is known when it has ended: it comes in while there are any tokens, and what it used is taken then, so that a bucket
+may be overdrawn and its client waits the longer. Lives on the event loop, so needs no lock.
 """
 
 import math
@@ -85,7 +85,8 @@ class RateLimits:
 
     def admit(self, client: str) -> None:
         """Takes one request. RateLimitExceeded, and nothing taken, if the client has no request or no token left."""
-        now, buckets = self._clock(), self._buckets(client)
+        buckets = self._buckets(client)
+        now = self._clock()
         for kind, bucket in buckets.by_kind.items():
             wait_seconds = bucket.seconds_until(1, now)
             if wait_seconds > 0:
