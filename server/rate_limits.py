@@ -1,8 +1,8 @@
 """Bounds how often a client may ask and how many tokens it may use. Knows clients by a name and time; no HTTP.
 
 Each client has two buckets, of requests and of tokens, that hold a minute's worth and fill up evenly. What a request
-uses is known when it has ended: it comes in while there are any tokens, and what it used is taken then, so that a bucket
-may be overdrawn and its client waits the longer. Lives on the event loop, so needs no lock.
+uses is known when it has ended: it comes in while there are any tokens, and what it used is taken then, so that a
+bucket may be overdrawn and its client waits the longer. Lives on the event loop, so needs no lock.
 """
 
 import math

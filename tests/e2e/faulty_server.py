@@ -1,4 +1,4 @@
-"""`brainstacks`, whose engine runs into a fault: `python -m tests.e2e.faulty_server FAULT serve`. Knows where to hurt it.
+"""`brainstacks`, whose engine runs into a fault: `python -m tests.e2e.faulty_server FAULT serve`. Knows where it hurts.
 
 The fault comes at the eighth step: `lost` is a device on which nothing works any more, `stuck` one that never answers.
 """
