@@ -3,6 +3,8 @@
 A span has names, numbers and the mix, never a text: an error is told by its class.
 """
 
+import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +22,10 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from server.tracing import ENGINE_PHASES
 
+logger = logging.getLogger(__name__)
+
 TRACES_PATH = "/v1/traces"
-CLOSE_MILLISECONDS = 3000  # a collector that does not answer must not hold up the end of the process
+CLOSE_SECONDS = 2.0  # a collector that does not answer must not hold up the end of the process
 NANOSECONDS = 1_000_000_000
 
 
@@ -45,8 +49,12 @@ class OtelTracer:
 
     def close(self) -> None:
         """Sends what has not been sent yet, for a bounded time. Blocks."""
-        self._provider.force_flush(CLOSE_MILLISECONDS)
-        self._provider.shutdown()
+        # In a thread that may be left behind, because an exporter tries again for longer than anybody would wait.
+        thread = threading.Thread(target=self._provider.shutdown, name="traces-close", daemon=True)
+        thread.start()
+        thread.join(CLOSE_SECONDS)
+        if thread.is_alive():
+            logger.warning("traces not sent seconds=%.1f reason='the collector does not answer'", CLOSE_SECONDS)
 
 
 class OtelRequestTrace:

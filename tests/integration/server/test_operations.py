@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from engine.errors import EngineFailed
 from tests.integration.server.test_lifecycle import asked, assert_nothing_is_left
 from tests.servers import ANSWER, LiveServer, wait_until
 
@@ -141,3 +142,19 @@ def test_playground_needs_no_outside_host(server: LiveServer) -> None:
             asset = client.get(link)
             assert asset.status_code == 200
             assert not re.search(r"https?://", asset.text)
+
+
+def test_no_failure_tells_a_text_either(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    secret = "a private question"
+    statuses = [server.chat(secret * 50).status_code, server.chat(secret, model="none").status_code]
+    statuses.append(server.chat(secret, temperature=9).status_code)
+    server.engine.refuse_with = RuntimeError("broken")
+    statuses.append(server.chat(secret).status_code)
+    server.engine.refuse_with, server.engine.fail_with = None, EngineFailed("a step failed")
+    statuses += [server.chat(secret).status_code, server.chat(secret, stream=True).status_code]
+    assert statuses == [400, 404, 400, 500, 500, 200]
+    wait_until(lambda: caplog.text.count("request done") == 6, what="every line is written")
+    assert caplog.text.count("Traceback") == 3
+    assert "private question" not in caplog.text
+    assert "au lait" not in caplog.text
