@@ -13,8 +13,9 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.app_state import service_of
 from server.boundary import record_of
-from server.errors import AdminDisabled, InvalidKey
+from server.errors import AdminDisabled, InvalidKey, RateLimitExceeded
 from server.rate_limits import RateLimits
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -88,6 +89,9 @@ def _admit(request: Request) -> None:
     client = keys.client_of(request)
     try:
         limits.admit(client)
+    except RateLimitExceeded as error:
+        service_of(request).metrics.rate_limited.labels(error.limit).inc()
+        raise
     finally:
         record.headers.update(limits.headers(client))
     record.charge = lambda num_tokens: limits.charge(client, num_tokens)

@@ -99,8 +99,9 @@ class QueueFull(ApiError):
 class RateLimitExceeded(ApiError):
     """A client asked more often, or for more tokens, than it may."""
 
-    def __init__(self, message: str, *, retry_after_seconds: int) -> None:
+    def __init__(self, message: str, *, limit: str, retry_after_seconds: int) -> None:
         super().__init__(message)
+        self.limit = limit  # "requests" or "tokens"
         self.retry_after_seconds = retry_after_seconds
 
 

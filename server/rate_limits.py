@@ -92,6 +92,7 @@ class RateLimits:
             if wait_seconds > 0:
                 raise RateLimitExceeded(
                     f"the limit is {bucket.capacity} {kind} per minute; try again in {show_duration(wait_seconds)}",
+                    limit=kind,
                     retry_after_seconds=math.ceil(wait_seconds),
                 )
         if (requests := buckets.by_kind.get("requests")) is not None:

@@ -57,6 +57,8 @@ def test_request_too_many_is_refused_and_told_when_to_come_back(tmp_path: Path) 
         with server.client() as client:
             assert {client.get("/health/ready").status_code for _ in range(5)} == {200}
         assert len(server.engine.submitted) == 4
+        assert server.metric("brainstacks_rate_limited_total", limit="requests") == 5
+        assert server.metric("brainstacks_rate_limited_total", limit="tokens") == 0
 
 
 def test_without_keys_the_address_is_counted(tmp_path: Path) -> None:

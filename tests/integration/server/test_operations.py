@@ -1,9 +1,11 @@
 """Health, metrics, ids, logs and the page at the root."""
 
+import asyncio
 import logging
 import math
 import re
 
+import httpx
 import pytest
 
 from engine.errors import EngineFailed
@@ -94,8 +96,13 @@ def test_readiness_follows_the_heartbeat_of_the_engine(server: LiveServer) -> No
 
 def test_engine_whose_loop_has_ended_is_not_ready(server: LiveServer) -> None:
     server.engine.heartbeat_age = math.inf
-    with server.client() as client:
-        response = client.get("/health/ready")
+
+    async def ask_the_app() -> httpx.Response:  # its HTTP server may have left already
+        transport = httpx.ASGITransport(server.http.config.loaded_app)
+        async with httpx.AsyncClient(transport=transport, base_url=server.url) as client:
+            return await client.get("/health/ready")
+
+    response = asyncio.run(ask_the_app())
     assert (response.status_code, response.json()["heartbeat_age_seconds"]) == (503, None)
 
 
