@@ -67,6 +67,11 @@ class ServerSettings(_Section):
     max_body_bytes: int = Field(default=8 * MIB, ge=1, description="of a JSON request")
     max_upload_bytes: int = Field(default=8192 * MIB, ge=1, description="of one uploaded stack or router file")
     request_timeout_seconds: float = Field(default=600.0, gt=0)
+    keep_alive_seconds: int = Field(
+        default=75,
+        ge=1,
+        description="an idle connection is closed after; longer than the proxy's, who may use it again",
+    )
     heartbeat_timeout_seconds: float = Field(default=30.0, gt=0, description="an engine silent for longer is not ready")
     shutdown_delay_seconds: float = Field(
         default=0.0, ge=0, description="at shutdown, time for load balancers to see that the server is not ready"

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -52,6 +53,7 @@ class DrainingServer(uvicorn.Server):
                 ws="none",
                 proxy_headers=bool(settings.trusted_proxies),
                 forwarded_allow_ips=settings.trusted_proxies,
+                timeout_keep_alive=settings.keep_alive_seconds,
                 timeout_graceful_shutdown=math.ceil(LAST_SENDS_SECONDS),
             )
         )
@@ -80,21 +82,24 @@ class DrainingServer(uvicorn.Server):
         self._drain.is_leaving = True
         reason = "engine" if self.engine_failed else "signal"
         logger.info("server leaves requests=%d reason=%s", self._drain.num_running, reason)
-        if not self.engine_failed:
-            await self._wait(self._settings.shutdown_delay_seconds, for_requests=False)
+        await self._wait(self._settings.shutdown_delay_seconds, until=lambda: self.engine_failed)
         self._drain.is_closed = True
         drain_seconds = self._settings.drain_seconds
-        await self._wait(min(drain_seconds, FAILED_DRAIN_SECONDS) if self.engine_failed else drain_seconds)
+        seconds = min(drain_seconds, FAILED_DRAIN_SECONDS) if self.engine_failed else drain_seconds
+        await self._wait(seconds, until=self._is_empty)
         if self._drain.num_running:
             logger.warning("requests ended unfinished requests=%d reason='no time left'", self._drain.num_running)
             self._drain.end_all()
-            await self._wait(LAST_SENDS_SECONDS + 1)
+            await self._wait(LAST_SENDS_SECONDS + 1, until=self._is_empty)
         logger.info("server drained requests=%d", self._drain.num_running)
 
-    async def _wait(self, seconds: float, *, for_requests: bool = True) -> None:
-        """Until the time is over or, `for_requests`, none runs any more."""
+    def _is_empty(self) -> bool:
+        return self._drain.num_running == 0
+
+    async def _wait(self, seconds: float, *, until: Callable[[], bool]) -> None:
+        """So long, or less if it comes true."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
-        while (left_seconds := deadline - loop.time()) > 0 and (self._drain.num_running or not for_requests):
+        while (left_seconds := deadline - loop.time()) > 0 and not until():
             await asyncio.sleep(min(TICK_SECONDS, left_seconds))
             await self.on_tick(0)  # answers are dated

@@ -5,6 +5,7 @@ Never a prompt or an answer above DEBUG. Events are written `event key=value key
 
 import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -67,6 +68,8 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if isinstance(value, PLAIN_TYPES):
         return value
     if isinstance(value, Mapping):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,14 +29,11 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """A running server with the embedded base; ends with the `with` block.
+    """A running server with the embedded base; ends with the `with` block."""
 
-    With a `fault`, of tests/e2e/faulty_server.py, the same server runs into that fault.
-    """
+    command: Sequence[str] = (str(Path(sys.executable).parent / "brainstacks"),)
 
-    def __init__(self, store: Path, log: Path, *, fault: str | None = None, **settings: object) -> None:
-        script = [str(Path(sys.executable).parent / "brainstacks")]
-        self._command = script if fault is None else [sys.executable, "-m", "tests.e2e.faulty_server", fault]
+    def __init__(self, store: Path, log: Path, **settings: object) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.store = store
@@ -58,7 +56,7 @@ class ServerProcess:
 
     def __enter__(self) -> Self:
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen([*self._command, "serve"], env=self._environ, stdout=log, stderr=log)
+            self._process = subprocess.Popen([*self.command, "serve"], env=self._environ, stdout=log, stderr=log)
         deadline = time.monotonic() + START_SECONDS
         while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() > deadline:

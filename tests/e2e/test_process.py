@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -108,10 +109,11 @@ def test_sigterm_ends_the_server_when_its_answers_are_complete_and_logs_and_trac
             refused = server.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
             assert refused.headers["retry-after"]
-            assert listener.finish_reason is None, "the answer was too short to see it"
+            assert not listener.finish_reason, "the answer was too short to see it"
             assert server.http.get("/health/live").status_code == 200
             listener.join(timeout=60)
-            assert (listener.error, listener.finish_reason) == (None, "length")
+            assert listener.error is None
+            assert listener.finish_reason == "length"
             assert server.wait() == 0
             log = server.log_text
     assert "zebra" not in log
@@ -128,19 +130,33 @@ def test_sigterm_ends_the_server_when_its_answers_are_complete_and_logs_and_trac
     assert "zebra" not in str(traces.spans)
 
 
+class LosesItsDevice(ServerProcess):
+    """Whose engine fails for good at the eighth step."""
+
+    command = (sys.executable, "-m", "tests.e2e.faulty_server", "lost")
+
+
+class GetsStuck(ServerProcess):
+    """Whose engine's eighth step never ends."""
+
+    command = (sys.executable, "-m", "tests.e2e.faulty_server", "stuck")
+
+
 @contextmanager
-def tiny_server(folder: Path, base: Path, *, fault: str | None = None, **settings: object) -> Iterator[ServerProcess]:
+def tiny_server(
+    folder: Path, base: Path, kind: type[ServerProcess] = ServerProcess, **settings: object
+) -> Iterator[ServerProcess]:
     """A server process with a tiny base and an empty store."""
     engine = {"engine__base": base, "engine__fused_step": False, "engine__max_model_len": 500}
     small = {"store__device_budget_bytes": 10**6, **engine, **settings}
-    with ServerProcess(folder / "store", folder / "log", fault=fault, **small) as server:
+    with kind(folder / "store", folder / "log", **small) as server:
         yield server
 
 
 def test_engine_that_fails_tells_its_clients_and_ends_the_process_with_an_error(
     tmp_path: Path, tiny_base_folder: Callable[[str], Path]
 ) -> None:
-    with tiny_server(tmp_path, tiny_base_folder("llama"), fault="lost") as server:
+    with tiny_server(tmp_path, tiny_base_folder("llama"), LosesItsDevice) as server:
         listener = Listener(server, tokens=400, choices=2)
         listener.join(timeout=60)
         assert listener.error is not None
@@ -156,7 +172,7 @@ def test_engine_that_is_stuck_is_not_ready_and_does_not_keep_the_process(
     tmp_path: Path, tiny_base_folder: Callable[[str], Path]
 ) -> None:
     settings = {"server__heartbeat_timeout_seconds": 1.0, "server__drain_seconds": 0.3}
-    with tiny_server(tmp_path, tiny_base_folder("llama"), fault="stuck", **settings) as server:
+    with tiny_server(tmp_path, tiny_base_folder("llama"), GetsStuck, **settings) as server:
         listener = Listener(server, tokens=400)
         wait_until(lambda: server.http.get("/health/ready").status_code == 503, what="it is not ready")
         assert server.http.get("/health/ready").json()["status"] == "engine silent"

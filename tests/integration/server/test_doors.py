@@ -36,7 +36,7 @@ def calls(server: LiveServer) -> list[tuple[str, str]]:
             for name, value in PLACES.items():
                 path = path.replace(name, value)
             assert "{" not in path, f"say what to put into {route.path}"
-            found += [(method, path) for method in route.methods]
+            found += [(method, path) for method in route.methods or ()]
     return found
 
 
@@ -81,7 +81,7 @@ def test_key_beyond_ascii_opens_its_door(tmp_path: Path) -> None:
     key = "schlüssel-à"
     with run_live_server(tmp_path, settings={"server": {"api_keys": [key]}}) as server, server.client() as client:
         for sent, status in ((key, 200), ("schlüssel-", 401)):
-            headers = {"authorization": f"Bearer {sent}".encode()}
+            headers = {b"authorization": f"Bearer {sent}".encode()}
             assert client.get("/v1/models", headers=headers).status_code == status
 
 

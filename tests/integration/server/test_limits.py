@@ -63,7 +63,7 @@ def test_request_too_many_is_refused_and_told_when_to_come_back(tmp_path: Path) 
 
 def test_without_keys_the_address_is_counted(tmp_path: Path) -> None:
     with run_live_server(tmp_path, settings={"server": {"requests_per_minute": 2}}) as server:
-        statuses = []
+        statuses: list[int] = []
         for key in (None, "one", "two"):  # a made-up key makes nobody somebody else
             with server.client(key) as client:
                 forwarded = {"x-forwarded-for": f"10.0.0.{len(statuses)}"}  # no proxy is trusted

@@ -11,9 +11,9 @@ import pytest
 
 from engine.engine import Engine
 from engine.model.base import Base, load_base
-from server.app_state import Service
 from server.compose import compose_app_for
 from server.config import load_settings
+from server.service import Service
 from tests.integration.server.test_compose import ask, write_domain, write_router
 from tests.integration.server.test_lifecycle import ask_at
 from tests.servers import WAIT_SECONDS, run_app_in_thread, wait_until

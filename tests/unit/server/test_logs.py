@@ -47,6 +47,7 @@ def test_json_has_the_values_that_the_message_names() -> None:
 
 def test_values_that_json_does_not_have_are_shown_as_text() -> None:
     assert line_of("x error=%s", ValueError("broken"))["fields"] == {"error": "broken"}
+    assert line_of("x age=%.1f", float("inf"))["fields"] == {"age": "inf"}
 
 
 @pytest.mark.parametrize(
