@@ -80,6 +80,8 @@ class ServerMetrics:
         )
         self.capability_gap = counter("capability_gap_total", "Routed prompts that no domain covers.")
         self.rate_limited = counter("rate_limited_total", "Requests refused by a rate limit.", "limit")
+        for limit in ("requests", "tokens"):
+            self.rate_limited.labels(limit)
         self.build_info = gauge("build_info", "Always 1; what runs here.", "version", "base")
         self.build_info.labels(version, base).set(1)
         self._show_zeros()
@@ -140,8 +142,6 @@ class ServerMetrics:
             self.cache_lookups.labels(DEVICE_TIER, result)
         for phase in PHASES:
             self.phase.labels(phase)
-        for limit in ("requests", "tokens"):
-            self.rate_limited.labels(limit)
         self.cache_evictions.labels(DEVICE_TIER)
         self.cache_resident.labels(DEVICE_TIER)
         self.load_seconds.labels(FILE_SOURCE)

@@ -127,6 +127,22 @@ def test_one_line_tells_of_a_request_and_never_its_text(server: LiveServer, capl
     assert "au lait" not in caplog.text
 
 
+def test_no_failure_tells_a_text_either(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    secret = "a private question"
+    statuses = [server.chat(secret * 50).status_code, server.chat(secret, model="none").status_code]
+    statuses.append(server.chat(secret, temperature=9).status_code)
+    server.engine.refuse_with = RuntimeError("broken")
+    statuses.append(server.chat(secret).status_code)
+    server.engine.refuse_with, server.engine.fail_with = None, EngineFailed("a step failed")
+    statuses += [server.chat(secret).status_code, server.chat(secret, stream=True).status_code]
+    assert statuses == [400, 404, 400, 500, 500, 200]
+    wait_until(lambda: caplog.text.count("request done") == 6, what="every line is written")
+    assert caplog.text.count("Traceback") == 3
+    assert "private question" not in caplog.text
+    assert "au lait" not in caplog.text
+
+
 def test_models_are_found_by_their_names(server: LiveServer) -> None:
     with server.client() as client:
         names = [model["id"] for model in client.get("/v1/models").json()["data"]]
@@ -149,19 +165,3 @@ def test_playground_needs_no_outside_host(server: LiveServer) -> None:
             asset = client.get(link)
             assert asset.status_code == 200
             assert not re.search(r"https?://", asset.text)
-
-
-def test_no_failure_tells_a_text_either(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    secret = "a private question"
-    statuses = [server.chat(secret * 50).status_code, server.chat(secret, model="none").status_code]
-    statuses.append(server.chat(secret, temperature=9).status_code)
-    server.engine.refuse_with = RuntimeError("broken")
-    statuses.append(server.chat(secret).status_code)
-    server.engine.refuse_with, server.engine.fail_with = None, EngineFailed("a step failed")
-    statuses += [server.chat(secret).status_code, server.chat(secret, stream=True).status_code]
-    assert statuses == [400, 404, 400, 500, 500, 200]
-    wait_until(lambda: caplog.text.count("request done") == 6, what="every line is written")
-    assert caplog.text.count("Traceback") == 3
-    assert "private question" not in caplog.text
-    assert "au lait" not in caplog.text
