@@ -69,7 +69,7 @@ def collector() -> Iterator[Collector]:
 class Listener(threading.Thread):
     """A client that streams an answer to its end, whatever that is."""
 
-    def __init__(self, server: ServerProcess, *, tokens: int, choices: int = 1, **headers: str) -> None:
+    def __init__(self, server: ServerProcess, *, tokens: int, **headers: str) -> None:
         super().__init__()
         self.text = ""
         self.finish_reason: str | None = None
@@ -78,7 +78,6 @@ class Listener(threading.Thread):
             model=server.model,
             messages=[{"role": "user", "content": QUESTION}],
             max_tokens=tokens,
-            n=choices,
             stream=True,
             extra_body={"ignore_eos": True},
             extra_headers=headers,
@@ -157,7 +156,7 @@ def test_engine_that_fails_tells_its_clients_and_ends_the_process_with_an_error(
     tmp_path: Path, tiny_base_folder: Callable[[str], Path]
 ) -> None:
     with tiny_server(tmp_path, tiny_base_folder("llama"), LosesItsDevice) as server:
-        listener = Listener(server, tokens=400, choices=2)
+        listener = Listener(server, tokens=400)
         listener.join(timeout=60)
         assert listener.error is not None
         assert listener.error.code == "engine_failed"
