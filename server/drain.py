@@ -43,11 +43,10 @@ class Drain:
             self._running.discard(timer)
 
     def end_all(self) -> None:
-        """Every request that still runs ends now, and its client is told."""
+        """Every request that still runs ends now, and its client is told. Once, as the last thing before the end."""
         now = asyncio.get_running_loop().time()
         for timer in self._running:
-            if not timer.expired():
-                timer.reschedule(now)
+            timer.reschedule(now)
 
 
 class DrainGate:
@@ -62,20 +61,19 @@ class DrainGate:
             await self._app(scope, receive, send)
             return
         answer = _AnswerWatch(send, self._drain)
-        with self._drain.running(timer := asyncio.timeout(None)):
-            try:
-                async with timer:
-                    if self._drain.is_closed:
-                        raise ShuttingDown("the server is shutting down")
+        try:
+            async with asyncio.timeout(None) as timer:
+                if self._drain.is_closed:
+                    raise ShuttingDown("the server is shutting down")
+                with self._drain.running(timer):
                     await self._app(scope, receive, answer.send)
-                    return
-            except TimeoutError:
-                if not timer.expired():
-                    raise
-                error = ShuttingDown("the server is shutting down; it could not wait for the end of this answer")
-            except ShuttingDown as refusal:
-                error = refusal
-            await _tell(error, answer, scope, receive)
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            late = ShuttingDown("the server is shutting down; it could not wait for the end of this answer")
+            await _tell(late, answer, scope, receive)
+        except ShuttingDown as refusal:
+            await _tell(refusal, answer, scope, receive)
 
 
 class _AnswerWatch:

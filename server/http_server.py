@@ -54,7 +54,7 @@ class DrainingServer(uvicorn.Server):
                 proxy_headers=bool(settings.trusted_proxies),
                 forwarded_allow_ips=settings.trusted_proxies,
                 timeout_keep_alive=settings.keep_alive_seconds,
-                timeout_graceful_shutdown=math.ceil(LAST_SENDS_SECONDS),
+                timeout_graceful_shutdown=math.ceil(LAST_SENDS_SECONDS) + 1,  # in which clients are told
             )
         )
         self.engine_failed = False
@@ -87,11 +87,11 @@ class DrainingServer(uvicorn.Server):
         drain_seconds = self._settings.drain_seconds
         seconds = min(drain_seconds, FAILED_DRAIN_SECONDS) if self.engine_failed else drain_seconds
         await self._wait(seconds, until=self._is_empty)
-        if self._drain.num_running:
+        if self._is_empty():
+            logger.info("server drained")
+        else:
             logger.warning("requests ended unfinished requests=%d reason='no time left'", self._drain.num_running)
             self._drain.end_all()
-            await self._wait(LAST_SENDS_SECONDS + 1, until=self._is_empty)
-        logger.info("server drained requests=%d", self._drain.num_running)
 
     def _is_empty(self) -> bool:
         return self._drain.num_running == 0
