@@ -391,9 +391,13 @@ class Engine:
         sequence.on_event(sequence.finished(reason))
 
     def _fail_all(self, error: Exception) -> None:
-        for sequence in list(self._sequences.values()):
-            self._forget(sequence)
+        """Everybody is told before anything is let go of, because that may fail too where a step has."""
+        failed = list(self._sequences.values())
+        self._sequences.clear()
+        for sequence in failed:
             sequence.on_event(FailedEvent(error))
+        for sequence in failed:
+            self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)

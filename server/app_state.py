@@ -3,6 +3,7 @@
 from starlette.requests import Request
 
 from server.config import Settings
+from server.drain import Drain
 from server.service import Service
 from server.store_admin import StoreAdmin
 
@@ -19,6 +20,13 @@ def store_admin_of(request: Request) -> StoreAdmin:
     store_admin = request.app.state.store_admin
     assert isinstance(store_admin, StoreAdmin)
     return store_admin
+
+
+def drain_of(request: Request) -> Drain:
+    """Where the server is between serving and ending."""
+    drain = request.app.state.drain
+    assert isinstance(drain, Drain)
+    return drain
 
 
 def settings_of(request: Request) -> Settings:

@@ -4,6 +4,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,12 +16,18 @@ from server.errors import answer_for
 from server.generation import Generation
 from server.logs import request_id_var
 from server.metrics import ServerMetrics
+from server.tracing import RequestTrace, Tracer, trace_var
 
 logger = logging.getLogger(__name__)
 
 CLIENT_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 QUIET_ENDPOINTS = frozenset({"/metrics", "/health", "/health/live", "/health/ready"})
 UNKNOWN_ENDPOINT = "other"
+TRACE_NAMES = {
+    "mix": "brainstacks.mix",
+    "prompt_tokens": "gen_ai.usage.input_tokens",
+    "completion_tokens": "gen_ai.usage.output_tokens",
+}
 
 
 @dataclass(slots=True)
@@ -30,6 +37,8 @@ class RequestRecord:
     request_id: str
     status: int = 500
     generation: Generation | None = None
+    headers: dict[str, str] = field(default_factory=dict)  # of the answer, whatever it is
+    charge: Callable[[int], None] | None = None  # told at the end how many tokens were used
     began: float = field(default_factory=time.monotonic)
     is_noted: bool = False
 
@@ -44,9 +53,10 @@ def record_of(request: Request) -> RequestRecord:
 class RequestBoundary:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, *, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: ServerMetrics, tracer: Tracer | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,11 +65,18 @@ class RequestBoundary:
         record = RequestRecord(_request_id(scope))
         scope["brainstacks.record"] = record
         token = request_id_var.set(record.request_id)
+        trace = trace_var.set(self._begin_trace(scope))
         try:
             await self._answer(scope, receive, send, record)
         finally:
             self._note(scope, record)
+            trace_var.reset(trace)
             request_id_var.reset(token)
+
+    def _begin_trace(self, scope: Scope) -> RequestTrace | None:
+        if self._tracer is None or scope["path"] in QUIET_ENDPOINTS:
+            return None
+        return self._tracer.begin(Headers(scope=scope))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         started = False
@@ -69,7 +86,7 @@ class RequestBoundary:
             if message["type"] == "http.response.start":
                 started = True
                 record.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+                MutableHeaders(scope=message).update({"x-request-id": record.request_id, **record.headers})
             elif not message.get("more_body", False):
                 self._note(scope, record)  # first, so that whoever has the answer finds it counted
             await send(message)
@@ -83,22 +100,41 @@ class RequestBoundary:
                 await response_to(error)(scope, receive, send_noted)
 
     def _note(self, scope: Scope, record: RequestRecord) -> None:
-        """Counts and logs a request once."""
+        """Counts, charges, logs and traces a request once."""
         if record.is_noted:
             return
         record.is_noted = True
         endpoint = getattr(scope.get("route"), "path", UNKNOWN_ENDPOINT)
         self._metrics.requests.labels(endpoint, record.status).inc()
+        facts = _generation_facts(record.generation)
+        if record.charge is not None and record.generation is not None:
+            record.charge(record.generation.tokens_used)
         level = logging.DEBUG if endpoint in QUIET_ENDPOINTS else logging.INFO
+        seconds = time.monotonic() - record.began
         logger.log(
             level,
-            "request done method=%s endpoint=%s status=%d seconds=%.3f%s",
+            "request done method=%s endpoint=%s status=%d seconds=%.3f" + "".join(f" {name}=%s" for name in facts),
             scope["method"],
             endpoint,
             record.status,
-            time.monotonic() - record.began,
-            _generation_facts(record.generation),
+            seconds,
+            *facts.values(),
         )
+        if (trace := trace_var.get()) is not None:
+            _end_trace(trace, scope["method"], endpoint, record, facts)
+
+
+def _end_trace(
+    trace: RequestTrace, method: str, endpoint: str, record: RequestRecord, facts: Mapping[str, str | int]
+) -> None:
+    """Attributes as OpenTelemetry's conventions name them, and ours."""
+    shown: dict[str, str | int] = {
+        "http.request.method": method,
+        "http.route": endpoint,
+        "brainstacks.request_id": record.request_id,
+    }
+    shown |= {TRACE_NAMES[name]: value for name, value in facts.items()}
+    trace.end(name=f"{method} {endpoint}", status=record.status, facts=shown)
 
 
 def _request_id(scope: Scope) -> str:
@@ -106,8 +142,8 @@ def _request_id(scope: Scope) -> str:
     return given if CLIENT_ID.match(given) else f"req-{uuid.uuid4().hex}"
 
 
-def _generation_facts(generation: Generation | None) -> str:
+def _generation_facts(generation: Generation | None) -> dict[str, str | int]:
     if generation is None:
-        return ""
+        return {}
     read, written = generation.prompt_tokens, generation.completion_tokens
-    return f" mix={generation.shown_mix} prompt_tokens={read} completion_tokens={written}"
+    return {"mix": generation.shown_mix, "prompt_tokens": read, "completion_tokens": written}

@@ -4,11 +4,22 @@ A mistyped section, key or variable is an error that names it. Nothing else read
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -26,7 +37,16 @@ ENV_DELIMITER = "__"
 
 MIB = 1024 * 1024
 
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*@?#]+")
+
 SECRET_NAMES = ("key", "object_")  # parts of the names of settings whose values no message repeats
+
+
+def _split_commas(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(_split_commas)]
 
 
 class _Section(BaseModel):
@@ -38,7 +58,7 @@ class ServerSettings(_Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    api_keys: Annotated[list[str], NoDecode] = Field(default=[], repr=False, description="empty: no key is asked for")
+    api_keys: CommaSeparated = Field(default=[], repr=False, description="empty: no key is asked for")
     admin_key: str | None = Field(
         default=None, min_length=1, repr=False, description="without one the admin API is off"
     )
@@ -47,20 +67,37 @@ class ServerSettings(_Section):
     max_body_bytes: int = Field(default=8 * MIB, ge=1, description="of a JSON request")
     max_upload_bytes: int = Field(default=8192 * MIB, ge=1, description="of one uploaded stack or router file")
     request_timeout_seconds: float = Field(default=600.0, gt=0)
+    keep_alive_seconds: int = Field(
+        default=75,
+        ge=1,
+        description="an idle connection is closed after; longer than the proxy's, who may use it again",
+    )
     heartbeat_timeout_seconds: float = Field(default=30.0, gt=0, description="an engine silent for longer is not ready")
-    drain_seconds: int = Field(default=30, ge=0, description="running requests get this long at shutdown")
+    shutdown_delay_seconds: float = Field(
+        default=0.0, ge=0, description="at shutdown, time for load balancers to see that the server is not ready"
+    )
+    drain_seconds: float = Field(default=30.0, ge=0, description="running requests get this long at shutdown")
+    requests_per_minute: int | None = Field(
+        default=None, ge=1, description="of one API key, or one address where no keys are set; default: no limit"
+    )
+    tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="read and written for one API key or address; default: no limit"
+    )
+    cors_origins: CommaSeparated = Field(
+        default=[], description="origins whose pages may call the server, `*` for all; empty: none"
+    )
+    trusted_proxies: CommaSeparated = Field(
+        default=[], description="addresses or networks whose X-Forwarded-For names the client; empty: none"
+    )
     gap_log: Path | None = Field(default=None, description="keeps prompts that no domain covers; default: none is kept")
     gap_log_bytes: int = Field(default=MIB, ge=4096, description="of that file, and of the older one beside it")
 
     @field_validator("api_keys", mode="before")
     @classmethod
-    def _split_commas(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        keys = [part.strip() for part in value.split(",") if part.strip()]
-        if not keys:
+    def _some_key(cls, value: object) -> object:
+        if isinstance(value, str) and not _split_commas(value):
             raise ValueError("names no key; leave it out to ask for none")  # else commas alone would open the door
-        return keys
+        return value
 
     @field_validator("api_keys")
     @classmethod
@@ -68,6 +105,28 @@ class ServerSettings(_Section):
         if any(not key.strip() for key in keys):
             raise ValueError("a key must not be empty")
         return keys
+
+    @field_validator("admin_key")
+    @classmethod
+    def _key_of_its_own(cls, key: str | None, checked: ValidationInfo) -> str | None:
+        if key is not None and key in checked.data.get("api_keys", []):
+            raise ValueError("must not be one of server.api_keys: whoever may ask could then change the store")
+        return key
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin; it must be SCHEME://HOST or SCHEME://HOST:PORT, or `*`")
+        return origins
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, proxies: list[str]) -> list[str]:
+        for proxy in proxies:
+            ip_network(proxy)  # its ValueError names the value
+        return proxies
 
 
 class EngineSettings(_Section):
@@ -94,7 +153,7 @@ class StoreSettings(_Section):
 
     path: Path = Field(default_factory=lambda: default_store_path())
     import_root: Path | None = Field(default=None, description="the only folder that admin calls may import files from")
-    object_roots: Annotated[list[str], NoDecode] = Field(
+    object_roots: CommaSeparated = Field(
         default=[], description="URLs under which admin calls may name objects; empty: none may be named"
     )
     object_options: dict[str, dict[str, Any]] = Field(
@@ -115,11 +174,6 @@ class StoreSettings(_Section):
     )
     lease_timeout_seconds: float = Field(default=60.0, gt=0, description="how long a request waits for its mix")
 
-    @field_validator("object_roots", mode="before")
-    @classmethod
-    def _split_commas(cls, value: object) -> object:
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
     @field_validator("object_roots")
     @classmethod
     def _plain_roots(cls, roots: list[str]) -> list[str]:
@@ -138,6 +192,25 @@ class LogSettings(_Section):
     """What operators see."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = Field(default="text", description="json: one object a line")
+
+
+class TelemetrySettings(_Section):
+    """Traces of requests, for a collector."""
+
+    otlp_endpoint: str | None = Field(
+        default=None, description="URL of an OTLP/HTTP collector, as http://localhost:4318; default: no traces"
+    )
+    sample_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="share of requests that are traced, where the caller did not decide"
+    )
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _http_url(cls, url: str | None) -> str | None:
+        if url is not None and not (urlsplit(url).scheme in ("http", "https") and urlsplit(url).hostname):
+            raise ValueError("must be an http or https URL")
+        return url
 
 
 class Settings(BaseSettings):
@@ -155,6 +228,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     store: StoreSettings = Field(default_factory=StoreSettings)
     log: LogSettings = LogSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     @classmethod
     def settings_customise_sources(

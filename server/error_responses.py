@@ -1,5 +1,6 @@
 """Shapes every error as OpenAI's clients expect it. Knows the table of errors.py, not who raised what."""
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from engine.errors import EngineError
 from router.errors import RouterError
-from server.errors import ApiError, ServerError, answer_for, is_internal
+from server.errors import ApiError, RateLimitExceeded, ServerError, answer_for, is_internal
 from stack_store.errors import StoreError
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ MAX_SHOWN_FAULTS = 5
 INTERNAL_MESSAGE = "internal error; the server's log has the traceback"
 
 FIELD_NAME = re.compile(r"[\w-]+")
-CODES_BY_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+CODES_BY_STATUS = {404: "not_found", 405: "method_not_allowed", 408: "request_timed_out", 413: "request_too_large"}
 
 
 def error_body(message: str, *, status: int, code: str, param: str | None = None) -> dict[str, Any]:
@@ -47,13 +48,21 @@ def response_to(error: BaseException) -> JSONResponse:
     """Status, body and retry headers of an error."""
     answer = answer_for(error)
     headers = {}
-    if answer.retry_after_seconds is not None:
-        headers["retry-after"] = str(answer.retry_after_seconds)
+    retry_after_seconds = answer.retry_after_seconds
+    if isinstance(error, RateLimitExceeded):
+        retry_after_seconds = error.retry_after_seconds
+    if retry_after_seconds is not None:
+        headers["retry-after"] = str(retry_after_seconds)
     if answer.should_retry is not None:
         headers["x-should-retry"] = str(answer.should_retry).lower()
     if answer.status == 401:
         headers["www-authenticate"] = "Bearer"
     return JSONResponse(body_of(error), answer.status, headers)
+
+
+def event_of(error: BaseException) -> bytes:
+    """The error as a server-sent event, for a stream whose headers are out."""
+    return b"data: " + json.dumps(body_of(error)).encode() + b"\n\n"
 
 
 def install_handlers(app: FastAPI) -> None:

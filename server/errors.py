@@ -15,6 +15,8 @@
         ├── ImportDisabled          no import root is configured
         ├── ObjectStorageDisabled   no root of object storage is configured
         ├── QueueFull               too many sequences wait already
+        ├── RateLimitExceeded       a client asked more often, or for more tokens, than it may
+        ├── ShuttingDown            the server is about to end
         ├── RequestTimedOut         the answer took longer than a request may
         └── ClientGone              the client hung up; nobody reads the answer
 
@@ -94,6 +96,19 @@ class QueueFull(ApiError):
     """Too many sequences wait already."""
 
 
+class RateLimitExceeded(ApiError):
+    """A client asked more often, or for more tokens, than it may."""
+
+    def __init__(self, message: str, *, limit: str, retry_after_seconds: int) -> None:
+        super().__init__(message)
+        self.limit = limit  # "requests" or "tokens"
+        self.retry_after_seconds = retry_after_seconds
+
+
+class ShuttingDown(ApiError):
+    """The server is about to end; another one may answer."""
+
+
 class RequestTimedOut(ApiError):
     """The answer took longer than a request may."""
 
@@ -131,6 +146,8 @@ ERROR_TABLE: Mapping[type[Exception], Answer] = MappingProxyType(
         ImportDisabled: Answer(403, "import_disabled"),
         ObjectStorageDisabled: Answer(403, "object_storage_disabled"),
         QueueFull: Answer(429, "queue_full", retry_after_seconds=1),
+        RateLimitExceeded: Answer(429, "rate_limit_exceeded", retry_after_seconds=60),  # or what the error itself says
+        ShuttingDown: Answer(503, "shutting_down", retry_after_seconds=5),
         RequestTimedOut: Answer(504, "request_timed_out", should_retry=False),
         ClientGone: Answer(499, "client_closed_request"),
         engine_errors.EngineError: INTERNAL,

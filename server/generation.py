@@ -21,6 +21,7 @@ from server.meter import RequestMeter
 from server.metrics import ServerMetrics
 from server.mixes import show_mix
 from server.ports import EnginePort
+from server.tracing import phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,11 @@ class Generation:
         return sum(run.completion_tokens for run in self.runs)
 
     @property
+    def tokens_used(self) -> int:
+        """Read and written so far, also by an answer that was broken off."""
+        return self.prompt_tokens + self._meter.num_tokens
+
+    @property
     def shown_mix(self) -> str:
         """The mixes as header and log show them, several prompts divided by `;`."""
         return ";".join(show_mix(run.leased.weights) for run in self.runs)
@@ -140,7 +146,8 @@ class Generation:
 
     async def _start(self, run: PromptRun) -> None:
         began = time.monotonic()
-        run.leased = await self._parts.catalog.lease_mix(run.plan.weights, adaptable=run.plan.adaptable)
+        with phase("page_in"):
+            run.leased = await self._parts.catalog.lease_mix(run.plan.weights, adaptable=run.plan.adaptable)
         # No await from here on, so that a lease is never without an owner.
         run.seconds["page_in"] = time.monotonic() - began
         run.open_sequences = len(run.plan.samplings)
@@ -187,8 +194,8 @@ class Generation:
     def _account(self, run: PromptRun, event: FinishedEvent) -> None:
         run.completion_tokens += event.completion_tokens
         self._parts.metrics.completion_tokens.inc(event.completion_tokens)
-        for phase, seconds in event.seconds.items():
-            run.seconds[phase] = max(run.seconds.get(phase, 0.0), seconds)
+        for name, seconds in event.seconds.items():
+            run.seconds[name] = max(run.seconds.get(name, 0.0), seconds)
 
     def _note_failed_start(self, run: PromptRun, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

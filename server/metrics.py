@@ -109,6 +109,9 @@ class ServerMetrics:
             "domain_weight", "Weight of the domain where it was active.", WEIGHT_BUCKETS, "domain"
         )
         self.capability_gap = counter("capability_gap_total", "Routed prompts that no domain covers.")
+        self.rate_limited = counter("rate_limited_total", "Requests refused by a rate limit.", "limit")
+        for limit in ("requests", "tokens"):
+            self.rate_limited.labels(limit)
         self.build_info = gauge("build_info", "Always 1; what runs here.", "version", "base")
         self.build_info.labels(version, base).set(1)
         self._show_zeros()

@@ -22,6 +22,7 @@ from server.prompts import Prompt, PromptReader
 from server.routing import NO_ROUTE, Routing
 from server.schemas import MixRequest
 from server.token_text import TokenText
+from server.tracing import phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ class Service:
         if is_auto:
             # A conversation mostly stays with its domains: they load while the router reads.
             likely = [*job.choice.expected, *self.routing.remembered_mix(prompt.earlier_text)]
-            with self.catalog.loading(likely):
+            with self.catalog.loading(likely), phase("route"):
                 route = await self.routing.route(prompt.route_text)
         if route.gap:
             self._note_gap(prompt.route_text, route)

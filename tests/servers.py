@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import httpx
 import torch
-import uvicorn
+from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -40,10 +40,11 @@ from router.router import Route
 from server.admission import Admission
 from server.app import create_app
 from server.catalog import Catalog, Versions
-from server.config import load_settings
+from server.config import ServerSettings, load_settings
 from server.domain_loader import DeviceLoader, FileLoader
 from server.downloads import Downloads
 from server.gap_log import GapLog
+from server.http_server import DrainingServer
 from server.metrics import FILE_SOURCE, ServerMetrics, TierMetrics
 from server.prompts import PromptReader
 from server.routing import Routing
@@ -51,6 +52,7 @@ from server.service import Service
 from server.sources import Sources
 from server.store_admin import StoreAdmin
 from server.token_text import TokenText
+from server.tracing import Tracer
 from stack_store.cache import ResidentCache
 from stack_store.downloads import CHUNK_BYTES, Downloader
 from stack_store.format import ProjectionTensors, pack_groups, write_stack
@@ -247,6 +249,7 @@ class LiveServer:
     cache: ResidentCache[ResidentDomain]
     import_root: Path
     may_load: threading.Event
+    http: DrainingServer
     routers: dict[str, ScriptedRouter] = field(default_factory=dict)  # by digest of a router file
 
     def client(self, key: str | None = None) -> httpx.Client:
@@ -332,13 +335,15 @@ def run_live_server(
     failure_ttl_seconds: float = 5.0,
     large_rank: int | None = None,
     num_download_retries: int = 2,
+    tracer: Tracer | None = None,
 ) -> Iterator[LiveServer]:
     """The app on a port of its own, with room for so many of its equal domains.
 
     `large_rank` adds a domain "large" whose one stack has that rank.
     """
     given = settings or {}
-    chosen = load_settings(flags={**given, "store": {**given.get("store", {}), "path": folder / "store"}})
+    flags = {**given, "store": {**given.get("store", {}), "path": folder / "store"}}
+    chosen = load_settings(flags={**flags, "server": {"drain_seconds": 2, **given.get("server", {})}})
     storage = ObjectStorage(chosen.store.object_roots, chosen.store.object_options)
     if not StackRegistry.is_unborn(folder / "store"):
         registry = StackRegistry.open(folder / "store", base_fingerprint=BASE, geometry=tiny_geometry())
@@ -402,24 +407,31 @@ def run_live_server(
     )
     metrics.integrity_damaged.set_function(lambda: integrity.num_damaged)
     store_admin = StoreAdmin(catalog, routing, sources, downloads, integrity, budget_bytes=budget_bytes)
-    with serve_app(create_app(service, store_admin, chosen)) as url:
-        yield LiveServer(url, engine, router, service, registry, cache, folder / "import", may_load, routers)
+    app = create_app(service, store_admin, chosen, tracer=tracer)
+    with run_app_in_thread(app, chosen.server) as (http, url):
+        yield LiveServer(url, engine, router, service, registry, cache, folder / "import", may_load, http, routers)
         may_load.set()
     blobs.close()
     registry.close()
 
 
 @contextmanager
-def serve_app(app: Any) -> Iterator[str]:
+def serve_app(app: FastAPI) -> Iterator[str]:
     """Its address, while a real HTTP server runs it in a thread."""
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    with run_app_in_thread(app, ServerSettings(drain_seconds=2)) as (_, url):
+        yield url
+
+
+@contextmanager
+def run_app_in_thread(app: FastAPI, settings: ServerSettings) -> Iterator[tuple[DrainingServer, str]]:
+    """The real HTTP server, and its address."""
+    server = DrainingServer(app, settings.model_copy(update={"port": 0}))
     thread = threading.Thread(target=server.run, name="uvicorn")
     thread.start()
     try:
         wait_until(lambda: server.started, what="the server has started")
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        yield server, f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join()

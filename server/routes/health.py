@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from server.app_state import service_of, settings_of
+from server.app_state import drain_of, service_of, settings_of
 
 PLAYGROUND = Path(__file__).resolve().parent.parent / "playground"
 
@@ -23,12 +23,12 @@ async def live() -> dict[str, str]:
 @router.get("/health")
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
-    """The engine's thread is alive, not only the process: 503 if its heartbeat is too old."""
+    """Whether to send requests here: the engine's thread is alive, not only the process, and will stay. Else 503."""
     age_seconds = service_of(request).engine.heartbeat_age_seconds()
-    is_ready = age_seconds <= settings_of(request).server.heartbeat_timeout_seconds
+    is_alive = age_seconds <= settings_of(request).server.heartbeat_timeout_seconds
     shown_seconds = round(age_seconds, 3) if math.isfinite(age_seconds) else None  # infinite once the loop has ended
-    body = {"status": "ok" if is_ready else "engine silent", "heartbeat_age_seconds": shown_seconds}
-    return JSONResponse(body, 200 if is_ready else 503)
+    status = "engine silent" if not is_alive else "shutting down" if drain_of(request).is_leaving else "ok"
+    return JSONResponse({"status": status, "heartbeat_age_seconds": shown_seconds}, 200 if status == "ok" else 503)
 
 
 @router.get("/metrics")

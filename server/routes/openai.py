@@ -80,7 +80,7 @@ async def route(request: Request, body: RouteRequest) -> dict[str, Any]:
     service = service_of(request)
     service.choose(body.model, None)
     text = body.prompt if body.prompt is not None else last_user_text(body.messages or [])
-    route, mix = await run_for_client(request.receive, service.route(text))
+    route, mix = await run_for_client(request.receive, service.route(text), deadline=_deadline(request))
     stale = [name for name in service.stale_domains() if name in route.scores]
     return {"object": "route", "scores": dict(route.scores), "mix": mix, "gap": route.gap, "stale": stale}
 
@@ -110,7 +110,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, str
 
 async def _answer(request: Request, body: SamplingFields, job: Job, shape: AnswerShape) -> Response:
     record, service = record_of(request), service_of(request)
-    deadline = asyncio.get_running_loop().time() + settings_of(request).server.request_timeout_seconds
+    deadline = _deadline(request)
     generation = await run_for_client(request.receive, service.begin(job), deadline=deadline)
     record.generation = generation
     headers = {MIX_HEADER: generation.shown_mix}
@@ -129,6 +129,11 @@ async def _answer(request: Request, body: SamplingFields, job: Job, shape: Answe
     finally:
         generation.close()
     return JSONResponse(answer, headers={MIX_HEADER: generation.shown_mix})
+
+
+def _deadline(request: Request) -> float:
+    """In the event loop's own clock, when a request that is read by now must have been answered."""
+    return asyncio.get_running_loop().time() + settings_of(request).server.request_timeout_seconds
 
 
 def _echoes(service: Service, body: CompletionRequest, job: Job) -> list[EchoedPrompt]:

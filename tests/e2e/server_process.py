@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,6 +31,8 @@ def free_port() -> int:
 class ServerProcess:
     """A running server with the embedded base; ends with the `with` block."""
 
+    command: Sequence[str] = (str(Path(sys.executable).parent / "brainstacks"),)
+
     def __init__(self, store: Path, log: Path, **settings: object) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -52,9 +55,8 @@ class ServerProcess:
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def __enter__(self) -> Self:
-        command = [str(Path(sys.executable).parent / "brainstacks"), "serve"]
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(command, env=self._environ, stdout=log, stderr=log)
+            self._process = subprocess.Popen([*self.command, "serve"], env=self._environ, stdout=log, stderr=log)
         deadline = time.monotonic() + START_SECONDS
         while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -72,7 +74,17 @@ class ServerProcess:
         """SIGTERM, then the exit status."""
         assert self._process is not None
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+            self.terminate()
+        return self.wait()
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """The exit status, once it has ended."""
+        assert self._process is not None
         return self._process.wait(timeout=STOP_SECONDS)
 
     def _is_ready(self) -> bool:

@@ -31,9 +31,16 @@ def asked(
     server: LiveServer, text: str = "math=0.9", *, request_id: str = "", **fields: Any
 ) -> Iterator[socket.socket]:
     """A client that asks and then waits; it hangs up at the end of the block."""
+    with ask_at(server.url, text, request_id=request_id, **fields) as connection:
+        yield connection
+
+
+@contextmanager
+def ask_at(url: str, text: str, *, request_id: str = "", **fields: Any) -> Iterator[socket.socket]:
+    """As `asked`, of a server that is known by its address."""
     body = json.dumps({"messages": [{"role": "user", "content": text}], **fields}).encode()
     head = f"x-request-id: {request_id}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    address = urlsplit(server.url)
+    address = urlsplit(url)
     with socket.create_connection((address.hostname, address.port), timeout=WAIT_SECONDS) as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n" + head.encode() + body)
         yield connection

@@ -1,11 +1,14 @@
 """Health, metrics, ids, logs and the page at the root."""
 
+import asyncio
 import logging
 import math
 import re
 
+import httpx
 import pytest
 
+from engine.errors import EngineFailed
 from tests.integration.server.test_lifecycle import asked, assert_nothing_is_left
 from tests.servers import ANSWER, LiveServer, wait_until
 
@@ -93,8 +96,13 @@ def test_readiness_follows_the_heartbeat_of_the_engine(server: LiveServer) -> No
 
 def test_engine_whose_loop_has_ended_is_not_ready(server: LiveServer) -> None:
     server.engine.heartbeat_age = math.inf
-    with server.client() as client:
-        response = client.get("/health/ready")
+
+    async def ask_the_app() -> httpx.Response:  # its HTTP server may have left already
+        transport = httpx.ASGITransport(server.http.config.loaded_app)
+        async with httpx.AsyncClient(transport=transport, base_url=server.url) as client:
+            return await client.get("/health/ready")
+
+    response = asyncio.run(ask_the_app())
     assert (response.status_code, response.json()["heartbeat_age_seconds"]) == (503, None)
 
 
@@ -115,6 +123,22 @@ def test_one_line_tells_of_a_request_and_never_its_text(server: LiveServer, capl
     lines = [record.getMessage() for record in caplog.records if "request done" in record.getMessage()]
     assert len(lines) == 1
     assert re.search(r"status=200 seconds=\S+ mix=chat=0.20,math=0.90 prompt_tokens=\d+ completion_tokens=13", lines[0])
+    assert "private question" not in caplog.text
+    assert "au lait" not in caplog.text
+
+
+def test_no_failure_tells_a_text_either(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    secret = "a private question"
+    statuses = [server.chat(secret * 50).status_code, server.chat(secret, model="none").status_code]
+    statuses.append(server.chat(secret, temperature=9).status_code)
+    server.engine.refuse_with = RuntimeError("broken")
+    statuses.append(server.chat(secret).status_code)
+    server.engine.refuse_with, server.engine.fail_with = None, EngineFailed("a step failed")
+    statuses += [server.chat(secret).status_code, server.chat(secret, stream=True).status_code]
+    assert statuses == [400, 404, 400, 500, 500, 200]
+    wait_until(lambda: caplog.text.count("request done") == 6, what="every line is written")
+    assert caplog.text.count("Traceback") == 3
     assert "private question" not in caplog.text
     assert "au lait" not in caplog.text
 

@@ -144,3 +144,44 @@ def test_bad_object_setting_is_named_without_secrets(tmp_path: Path, text: str, 
     with pytest.raises(ConfigInvalid, match=named) as error:
         load_settings(toml(tmp_path, f"[store]\n{text}\n"))
     assert "SECRET" not in str(error.value)
+
+
+def test_admin_key_that_is_an_api_key_too_is_refused_untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRAINSTACKS_SERVER__API_KEYS", "one,same-secret")
+    monkeypatch.setenv("BRAINSTACKS_SERVER__ADMIN_KEY", "same-secret")
+    with pytest.raises(ConfigInvalid, match=r"server\.admin_key: .*must not be one of server\.api_keys") as error:
+        load_settings()
+    assert "same-secret" not in str(error.value)
+
+
+def test_what_is_off_by_default() -> None:
+    settings = load_settings()
+    assert (settings.server.requests_per_minute, settings.server.tokens_per_minute) == (None, None)
+    assert (settings.server.cors_origins, settings.server.trusted_proxies) == ([], [])
+    assert (settings.log.format, settings.telemetry.otlp_endpoint) == ("text", None)
+
+
+def test_origins_and_proxies_are_separated_by_commas_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRAINSTACKS_SERVER__CORS_ORIGINS", "https://a.example, http://localhost:3000")
+    monkeypatch.setenv("BRAINSTACKS_SERVER__TRUSTED_PROXIES", "10.0.0.0/8,::1")
+    server = load_settings().server
+    assert server.cors_origins == ["https://a.example", "http://localhost:3000"]
+    assert server.trusted_proxies == ["10.0.0.0/8", "::1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('[server]\ncors_origins = ["a.example"]\n', "server.cors_origins: .*'a.example' is no origin"),
+        ('[server]\ncors_origins = ["https://a.example/"]\n', "server.cors_origins: .*is no origin"),
+        ('[server]\ncors_origins = ["https://*.example"]\n', "server.cors_origins: .*is no origin"),
+        ('[server]\ntrusted_proxies = ["proxy"]\n', "server.trusted_proxies: .*'proxy'"),
+        ("[server]\nrequests_per_minute = 0\n", "server.requests_per_minute: .*0"),
+        ('[log]\nformat = "xml"\n', "log.format: .*'xml'"),
+        ('[telemetry]\notlp_endpoint = "collector:4318"\n', "telemetry.otlp_endpoint: .*must be an http"),
+        ("[telemetry]\nsample_ratio = 2\n", "telemetry.sample_ratio: .*2"),
+    ],
+)
+def test_mistake_in_operations_is_named(tmp_path: Path, text: str, named: str) -> None:
+    with pytest.raises(ConfigInvalid, match=named):
+        load_settings(toml(tmp_path, text))
