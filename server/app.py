@@ -6,14 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from starlette.staticfiles import StaticFiles
 
 from server.access import Keys
 from server.body_limit import BodyLimit
 from server.boundary import RequestBoundary
 from server.config import Settings
 from server.error_responses import install_handlers
-from server.routes import admin, health, openai
+from server.routes import admin, health, openai, playground
 from server.service import Service
 from server.store_admin import StoreAdmin
 
@@ -43,9 +42,9 @@ def create_app(
     app.state.settings = settings
     app.state.keys = Keys(api_keys=settings.server.api_keys, admin_key=settings.server.admin_key)
     install_handlers(app)
-    for part in (openai, admin, health):
+    for part in (openai, admin, health, playground):
         app.include_router(part.router)
-    app.mount("/playground", StaticFiles(directory=health.PLAYGROUND), name="playground")
+    app.mount("/playground", playground.PlaygroundFiles(), name="playground")
     app.add_middleware(BodyLimit, max_body_bytes=settings.server.max_body_bytes)
     app.add_middleware(RequestBoundary, metrics=service.metrics)
     return app
