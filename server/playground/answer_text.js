@@ -5,7 +5,7 @@ const FENCE = /^```[^\n]*$/m;
 
 /** Alternating text and code, beginning with text. A fence that is still open counts as code. */
 function blocksOf(text) {
-  return text.split(FENCE).map((part, place) => ({ isCode: place % 2 === 1, text: place % 2 ? part.replace(/^\n|\n$/g, "") : part.trim() }));
+  return text.split(FENCE).map((part, place) => ({ isCode: place % 2 === 1, text: place % 2 ? part.replace(/^\n|\n$/g, "") : part.trim().replace(/\n{3,}/g, "\n\n") }));
 }
 
 /** Draws at most once a frame, and only the blocks that changed. */

@@ -41,7 +41,7 @@ function tableRow({ name, score, weight, dropped, isCold }, policy, facts) {
   const isLifted = weight !== undefined && score !== undefined && weight > score;
   const label = element("th", { scope: "row" }, element("span", { className: "name", textContent: name }),
     isCold && chip("cold"), isCold && unseen(", loaded from disk"),
-    isLifted && chip(policy ? `floor ${policy.floor.toFixed(2)}` : "floor"), dropped !== undefined && chip("no room", "warn"));
+    isLifted && unseen(", lifted to its floor"), dropped !== undefined && chip("no room", "warn"));
   const row = element("tr", { className: weight === undefined ? "unused" : "" }, label,
     element("td", { className: "scale" }, bar({ name, score, weight }, policy)),
     element("td", { className: "number", textContent: shown(score) }),
@@ -62,9 +62,13 @@ function bar({ name, score, weight }, policy) {
     const made = element("b", { className: kind });
     made.style.left = `${share * 100}%`;
     track.append(made);
+    return made;
   };
   if (policy) mark("threshold", policy.threshold);
-  if (policy?.floor_domain === name) mark("floor", policy.floor);
+  if (policy?.floor_domain === name) {
+    mark("floor", policy.floor);
+    if (weight === policy.floor) mark("floor-label", policy.floor).textContent = `floor ${policy.floor.toFixed(2)}`;
+  }
   return track;
 }
 
