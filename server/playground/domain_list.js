@@ -24,6 +24,7 @@ export class DomainList extends EventTarget {
     this.said = element("div", { role: "status" });
     holder.append(this.filter, this.list, this.said, this.router);
     live.addEventListener("change", () => this.#showStates());
+    facts.addEventListener("change", () => this.#showFacts());
   }
 
   get generation() {
@@ -46,7 +47,7 @@ export class DomainList extends EventTarget {
     if (!this.shown.domains.length) this.list.append(element("li", { className: "note", textContent: "No domain is registered." }));
     this.filter.hidden = this.shown.domains.length < FILTERED_FROM;
     this.#applyFilter();
-    this.#showRouter();
+    this.#showFacts();
     this.#showStates();
   }
 
@@ -68,7 +69,7 @@ export class DomainList extends EventTarget {
         this.#button(domain, "Delete", () => this.#remove(domain), "danger")));
     item.dataset.domain = domain.name;
     this.#items.set(domain, { item, chips, pin });
-    return hued(item, this.facts.hue(domain.name));
+    return item;
   }
 
   #button(domain, text, onclick, className = "") {
@@ -103,7 +104,10 @@ export class DomainList extends EventTarget {
     }
   }
 
-  #showRouter() {
+  /** What the page learns of the server apart from this list: colours and the router's policy. */
+  #showFacts() {
+    if (this.shown === null) return;
+    for (const [domain, { item }] of this.#items) hued(item, this.facts.hue(domain.name));
     const { router } = this.shown;
     const { policy } = this.facts;
     const parts = [router ? `Router ${router.digest.slice(0, 8)}` : "This store has no router: the base answers alone."];

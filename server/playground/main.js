@@ -44,6 +44,7 @@ function showView() {
   }
   $("new-chat").textContent = view === "compare" ? "Clear" : "New chat";
   if (view === "store") store.open();
+  showSettings();
   hurryIfWatched();
 }
 
@@ -96,6 +97,7 @@ function clear() {
   running?.abort();
   (view === "compare" ? compare : chat).clear();
   $("question").focus();
+  learn(); // domains and router may have changed since the page was opened
 }
 
 // ---- what the server is
@@ -126,7 +128,8 @@ function showServer() {
 
 function showSettings() {
   $("temperature-shown").textContent = Number($("temperature").value).toFixed(2);
-  $("settings-summary").textContent = `${picker.inWords} · temperature ${$("temperature").value}`;
+  const parts = [view === "chat" && picker.inWords, `temperature ${$("temperature").value}`, `${$("max-tokens").value} tokens`];
+  $("settings-summary").textContent = parts.filter(Boolean).join(" · ");
 }
 
 function showMemory() {
@@ -142,7 +145,7 @@ function start() {
   $("question").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
   });
-  $("temperature").addEventListener("input", showSettings);
+  for (const id of ["temperature", "max-tokens"]) $(id).addEventListener("input", showSettings);
   picker.addEventListener("change", showSettings);
   $("api-key").value = apiKey.value;
   $("api-key").addEventListener("change", () => {
@@ -155,7 +158,6 @@ function start() {
   window.addEventListener("hashchange", showView);
   NARROW.addEventListener("change", fitSettings);
   fitSettings();
-  showSettings();
   showView();
   learn();
   live.start();

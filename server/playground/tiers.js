@@ -5,7 +5,8 @@ const MAX_ROWS = 24;
 
 /** `device`, and `host` where there is one: bytes from the cache's snapshot if it may be seen, else from the counters. */
 function tiersOf({ metrics, cache }) {
-  return metrics.tiers.map((name) => {
+  const names = new Set([...metrics.tiers, ...(cache?.host ? ["host"] : [])]);
+  return [...names].map((name) => {
     const snapshot = name === "device" ? cache : cache?.[name];
     const hits = metrics.sum("stack_cache_lookups_total", { tier: name, result: "hit" });
     const misses = metrics.sum("stack_cache_lookups_total", { tier: name, result: "miss" });
@@ -45,7 +46,7 @@ export function trafficList({ metrics }) {
     ["Running", metrics.sum("requests_running")],
     ["Waiting", metrics.sum("requests_waiting")],
     ["KV cache", inPercent(metrics.sum("kv_cache_used_ratio"))],
-    ["Tokens made", metrics.sum("completion_tokens_total").toLocaleString("en")],
+    ["Tokens", metrics.sum("completion_tokens_total").toLocaleString("en")],
     ["Loads", loads.toLocaleString("en")],
     ["Mean load", loads ? inSeconds(metrics.sum("stack_load_seconds_sum") / loads) : "–"],
     ["Bytes read", inBytes(metrics.sum("stack_load_bytes_total"))],

@@ -166,11 +166,11 @@ def test_sliders_force_the_mix_and_begin_at_the_last_answers(visit: Visit) -> No
     ask(page, MATH, tokens=2)
     expect(answers(page)).to_have_count(1, timeout=WAIT_MILLISECONDS)
     page.get_by_role("radio", name="Custom").check()
-    assert float(page.get_by_label("math", exact=True).input_value()) > 0.9
+    assert float(page.get_by_role("slider", name="math").input_value()) > 0.9
     for domain in DOMAINS:
-        page.get_by_label(domain, exact=True).fill("0")
-    page.get_by_label("code", exact=True).fill("0.5")
-    page.get_by_label("medical", exact=True).focus()
+        page.get_by_role("slider", name=domain).fill("0")
+    page.get_by_role("slider", name="code").fill("0.5")
+    page.get_by_role("slider", name="medical").focus()
     page.keyboard.press("ArrowRight")
     ask(page, MATH, tokens=2)
     expect(answers(page)).to_have_count(2, timeout=WAIT_MILLISECONDS)
@@ -185,7 +185,7 @@ def test_sliders_force_the_mix_and_begin_at_the_last_answers(visit: Visit) -> No
 def test_two_mixes_answer_one_question_side_by_side_at_once(visit: Visit) -> None:
     page = visit.open("compare")
     page.locator("#side-b").get_by_role("radio", name="Custom").check()
-    page.locator("#side-b").get_by_label("code", exact=True).fill("1")
+    page.locator("#side-b").get_by_role("slider", name="code").fill("1")
     ask(page, MATH, tokens=64)
     expect(page.locator("article[aria-busy=true] .text:not(:empty)")).to_have_count(2, timeout=WAIT_MILLISECONDS)
     expect(answers(page)).to_have_count(2, timeout=WAIT_MILLISECONDS)
@@ -288,16 +288,27 @@ def test_a_domain_in_use_drains_when_it_is_deleted_and_comes_back_by_upload(
     expect(page.locator(".rounds .name")).to_have_text([file.name for file in reversed(files)])  # in the rounds' order
     page.get_by_role("button", name="Check only").click()
     expect(page.locator("#register [role=status]")).to_contain_text("Valid: medical, 2 rounds")
-    page.get_by_role("button", name="Register", exact=True).click()
+    register = page.get_by_role("button", name="Register", exact=True)
+    slow_uploads(visit, bytes_per_second=4_000_000)
+    register.click()
+    expect(page.get_by_label(f"Uploading {files[0].name} (2 of 2)")).to_have_attribute("value", re.compile(r"0\.[5-9]"))
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#register [role=status]")).to_contain_text("Cancelled; the store is as it was.")
+    slow_uploads(visit, bytes_per_second=-1)
+    register.click()
     expect(page.locator("#register [role=status]")).to_contain_text("Registered: medical, 2 rounds")
     expect(page.locator("[data-domain=medical]")).to_contain_text("on disk")
     generation = server.admin("GET", "/admin/domains").json()["generation"]
     expect(page.locator("#generation")).to_have_text(f"generation {generation}")
 
 
-def _stream_until(
-    server: ServerProcess, domain: str, is_streaming: threading.Event, may_end: threading.Event
-) -> None:
+def slow_uploads(visit: Visit, *, bytes_per_second: int) -> None:
+    """Lets the browser send no faster; -1 for as fast as it can."""
+    conditions = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": bytes_per_second}
+    visit.context.new_cdp_session(visit.page).send("Network.emulateNetworkConditions", conditions)
+
+
+def _stream_until(server: ServerProcess, domain: str, is_streaming: threading.Event, may_end: threading.Event) -> None:
     body = {
         "messages": [{"role": "user", "content": MEDICAL}],
         "max_tokens": 1500,
@@ -424,7 +435,7 @@ def test_everything_works_by_keyboard_alone(visit: Visit) -> None:
     expect(page.get_by_role("radio", name="Custom")).to_be_focused()
     assert next_focus(page) == "chat"  # the first slider
     page.keyboard.press("End")
-    expect(page.get_by_label("chat", exact=True)).to_have_value("1")
+    expect(page.get_by_role("slider", name="chat")).to_have_value("1")
     page.get_by_role("link", name="Compare").press("Enter")
     expect(page.locator("#view-compare")).to_be_visible()
 
