@@ -1,4 +1,7 @@
-"""What somebody sees who opens the playground in a browser: the real page, the real server, the real base."""
+"""What somebody sees who opens the playground in a browser: the real page, the real server, the real base.
+
+Longer than most files because all of it shares one server and one browser.
+"""
 
 import json
 import re
@@ -27,6 +30,7 @@ DOMAINS = ["chat", "code", "math", "medical", "reasoning"]
 MATH = "A box holds 12 eggs. How many eggs are in 7 boxes?"
 MEDICAL = "What are the symptoms of iron deficiency anemia?"
 WAIT_MILLISECONDS = 15_000
+NO_NUMBER = "\N{EN DASH}"
 PHONE = {"width": 360, "height": 740}
 
 
@@ -60,9 +64,11 @@ class Visit:
         """The page with one of its views; the keys lie where the page itself keeps them."""
         keys = {"brainstacks.api-key": api_key, "brainstacks.admin-key": admin_key}
         given = {name: key for name, key in keys.items() if key is not None}
-        # Once: pages of this tab that come later find what the page itself kept.
-        script = "if (!sessionStorage.length) for (const [k, v] of Object.entries({})) sessionStorage.setItem(k, v);"
-        self.page.add_init_script(script.replace("{}", json.dumps(given)))
+        # Once: a reload finds what the page itself kept.
+        self.page.add_init_script(
+            f"if (!sessionStorage.length) for (const [name, key] of Object.entries({json.dumps(given)}))"
+            " sessionStorage.setItem(name, key);"
+        )
         self.page.goto(f"{self.url}/#{view}")
         return self.page
 
@@ -108,7 +114,7 @@ def mix_of(answer: Locator) -> dict[str, tuple[str, str]]:
 
 def test_an_answer_streams_and_shows_its_mix_with_scores_threshold_floor_and_phases(visit: Visit) -> None:
     page = visit.open()
-    ask(page, MATH, tokens=48)
+    ask(page, MATH, tokens=24)
     expect(page.locator("article[aria-busy=true] .text")).not_to_be_empty(timeout=WAIT_MILLISECONDS)
     expect(page.locator("article")).to_contain_text("Answered by math 0.9")  # the mix is told before the scores are
     answer = answers(page)
@@ -118,7 +124,7 @@ def test_an_answer_streams_and_shows_its_mix_with_scores_threshold_floor_and_pha
     assert float(shown["math"][0]) > 0.9
     assert shown["math"][0] == shown["math"][1]
     assert (float(shown["chat"][0]), shown["chat"][1]) < (0.2, "0.20")
-    assert shown["medical"][1] == "–"
+    assert shown["medical"][1] == NO_NUMBER
     assert list(shown)[:2] == ["math", "chat"]  # active domains first, by weight
     report = answer.locator(".report")
     for told in ("threshold 0.12", "floor 0.20", "route", "page in", "prefill", "decode", "tokens/s"):
@@ -174,7 +180,7 @@ def test_sliders_force_the_mix_and_begin_at_the_last_answers(visit: Visit) -> No
     page.keyboard.press("ArrowRight")
     ask(page, MATH, tokens=2)
     expect(answers(page)).to_have_count(2, timeout=WAIT_MILLISECONDS)
-    assert mix_of(answers(page).nth(1)) == {"code": ("–", "0.50"), "medical": ("–", "0.05")}
+    assert mix_of(answers(page).nth(1)) == {"code": (NO_NUMBER, "0.50"), "medical": (NO_NUMBER, "0.05")}
     assert visit.bodies("/v1/chat/completions")[-1]["brainstacks"] == {"mix": {"code": 0.5, "medical": 0.05}}
     page.get_by_role("radio", name="Base").check()
     ask(page, MATH, tokens=2)
@@ -186,12 +192,12 @@ def test_two_mixes_answer_one_question_side_by_side_at_once(visit: Visit) -> Non
     page = visit.open("compare")
     page.locator("#side-b").get_by_role("radio", name="Custom").check()
     page.locator("#side-b").get_by_role("slider", name="code").fill("1")
-    ask(page, MATH, tokens=64)
+    ask(page, MATH, tokens=32)
     expect(page.locator("article[aria-busy=true] .text:not(:empty)")).to_have_count(2, timeout=WAIT_MILLISECONDS)
     expect(answers(page)).to_have_count(2, timeout=WAIT_MILLISECONDS)
     left, right = answers(page).nth(0), answers(page).nth(1)
     assert float(mix_of(left)["math"][1]) > 0.9
-    assert mix_of(right) == {"code": ("–", "1.00")}
+    assert mix_of(right) == {"code": (NO_NUMBER, "1.00")}
     assert left.locator(".text").inner_text() != right.locator(".text").inner_text()
     a, b = visit.bodies("/v1/chat/completions")
     assert (a["messages"], a["seed"]) == (b["messages"], b["seed"])
@@ -271,7 +277,7 @@ def test_a_domain_in_use_drains_when_it_is_deleted_and_comes_back_by_upload(
     user.start()
     try:
         assert is_streaming.wait(timeout=60)
-        expect(domain).to_contain_text("leased 1×")
+        expect(domain).to_contain_text("leased 1\N{MULTIPLICATION SIGN}")
         page.get_by_role("button", name="Delete medical").click()
         page.get_by_role("dialog").get_by_role("button", name="Delete").click()
         expect(domain).to_have_count(0)

@@ -1,4 +1,4 @@
-"""How the playground's files are served: to everybody, from here alone, and with what a browser may do said strictly."""
+"""How the playground's files are served: to everybody, from here alone, under a strict policy."""
 
 import re
 
