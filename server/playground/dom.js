@@ -4,7 +4,7 @@
 export function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
-    if (name.includes("-") || name === "role" || name === "for" || name === "list") made.setAttribute(name, value);
+    if (name.includes("-") || name === "role" || name === "for") made.setAttribute(name, value);
     else made[name] = value;
   }
   made.append(...children.filter((child) => child !== false && child !== null && child !== undefined));

@@ -7,10 +7,11 @@ import { stateChips } from "./tiers.js";
 
 const FILTERED_FROM = 12;
 
-/** Dispatches `change` when the store has changed. */
+/** Dispatches `change` when the store was changed here, `refresh` when somebody else did it. */
 export class DomainList extends EventTarget {
   shown = null;
   #items = new Map();
+  #strangers = new Set(); // cache keys that were not among the domains when they were looked for
   #drains = new Map(); // cache key -> what is told while requests still use a version that is gone
 
   /** `replace(name)` is called when somebody wants other files for a domain. */
@@ -23,7 +24,7 @@ export class DomainList extends EventTarget {
     this.router = element("p", { className: "note" });
     this.said = element("div", { role: "status" });
     holder.append(this.filter, this.list, this.said, this.router);
-    live.addEventListener("change", () => this.#showStates());
+    live.addEventListener("change", () => this.#follow());
     facts.addEventListener("change", () => this.#showFacts());
   }
 
@@ -43,12 +44,14 @@ export class DomainList extends EventTarget {
   async refresh() {
     this.shown = await call("GET", "admin/domains", { key: adminKey });
     this.#items.clear();
+    const focused = this.list.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
     this.list.replaceChildren(...this.shown.domains.map((domain) => this.#item(domain)));
     if (!this.shown.domains.length) this.list.append(element("li", { className: "note", textContent: "No domain is registered." }));
     this.filter.hidden = this.shown.domains.length < FILTERED_FROM;
     this.#applyFilter();
     this.#showFacts();
     this.#showStates();
+    if (focused) this.list.querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
   }
 
   say(...parts) {
@@ -80,16 +83,28 @@ export class DomainList extends EventTarget {
     return this.live.cache?.entries.find((entry) => entry.key === keyOf(domain));
   }
 
-  #showStates() {
+  /** A version in memory that is not listed here is draining, or somebody else has just registered it. */
+  #follow() {
     if (this.shown === null) return;
+    const unknown = (this.live.cache?.entries ?? []).map((entry) => entry.key).filter((key) => !this.isRegistered(key) && !this.#strangers.has(key));
+    for (const key of unknown) this.#strangers.add(key);
+    if (unknown.length) this.refresh().then(() => this.dispatchEvent(new Event("refresh")), () => {});
+    else this.#showStates();
+  }
+
+  #showStates() {
     for (const [domain, { chips, pin }] of this.#items) {
-      const states = domain.state === "damaged" ? [chip("damaged", "warn")] : stateChips(this.#entry(domain));
+      const states = domain.state === "damaged" ? [chip("damaged", "warn")] : stateChips(this.#entry(domain), { isInHost: this.#isInHost(domain) });
       chips.replaceChildren(...states);
       const text = this.#entry(domain)?.pinned ? "Unpin" : "Pin";
       pin.textContent = text;
       pin.setAttribute("aria-label", `${text} ${domain.name}`);
     }
     this.#showDrains();
+  }
+
+  #isInHost(domain) {
+    return this.live.cache?.host?.entries.some((entry) => entry.key === keyOf(domain)) ?? false;
   }
 
   #showDrains() {

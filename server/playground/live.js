@@ -16,7 +16,7 @@ export class Metrics {
       const match = line.startsWith("#") ? null : SAMPLE.exec(line);
       if (!match) continue;
       const labels = Object.fromEntries([...(match[2] ?? "").matchAll(LABEL)].map(([, name, value]) => [name, value]));
-      this.#samples.push({ name: `${match[1]}`, labels, value: Number(match[3]) });
+      this.#samples.push({ name: match[1], labels, value: Number(match[3]) });
     }
   }
 
@@ -38,7 +38,6 @@ export class Metrics {
 export class Live extends EventTarget {
   metrics = null;
   cache = null;
-  cacheFailure = null;
   failure = null;
   isHurried = false;
   #timer = null;
@@ -72,16 +71,6 @@ export class Live extends EventTarget {
   }
 
   async #lookAtCache() {
-    this.cacheFailure = null;
-    if (!adminKey.value) {
-      this.cache = null;
-      return;
-    }
-    try {
-      this.cache = await call("GET", "admin/cache", { key: adminKey });
-    } catch (error) {
-      this.cache = null;
-      this.cacheFailure = error;
-    }
+    this.cache = adminKey.value ? await call("GET", "admin/cache", { key: adminKey }).catch(() => null) : null;
   }
 }

@@ -81,9 +81,10 @@ export function upload(file, digest, { onProgress, signal }) {
   });
 }
 
-/** `math=0.97,chat=0.20` as an object. */
+/** `chat=0.20,math=0.97` as an object; `base` is an empty one. */
 function readMix(header) {
-  return Object.fromEntries(header.split(",").filter(Boolean).map((part) => part.split("=")).map(([name, weight]) => [name, Number(weight)]));
+  const weights = header.split(",").map((part) => part.split("=")).filter(([, weight]) => weight !== undefined);
+  return Object.fromEntries(weights.map(([name, weight]) => [name, Number(weight)]));
 }
 
 async function send(method, path, { key, body, generation, signal }) {

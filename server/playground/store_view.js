@@ -13,6 +13,7 @@ export class StoreView {
     this.domains = new DomainList($("domains"), { facts, live, replace: (name) => this.register.fill(name) });
     this.register = new RegisterForm($("register"), { domains: this.domains });
     for (const part of [this.domains, this.register]) part.addEventListener("change", () => this.#storeChanged());
+    this.domains.addEventListener("refresh", () => this.#showGeneration());
     live.addEventListener("change", () => this.#show());
     $("admin-key").value = adminKey.value;
     $("admin-key-form").addEventListener("submit", (event) => {

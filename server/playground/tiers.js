@@ -55,8 +55,8 @@ export function trafficList({ metrics }) {
   return statList(facts);
 }
 
-export function stateChips(entry, { drains = false } = {}) {
-  if (!entry) return [chip("on disk", "quiet")];
+export function stateChips(entry, { drains = false, isInHost = false } = {}) {
+  if (!entry) return [chip(isInHost ? "in host memory" : "on disk")];
   return [
     chip(entry.state, entry.state),
     entry.leases > 0 && chip(`leased ${entry.leases}×`, "leased"),
@@ -99,7 +99,7 @@ function entries(snapshot, facts, isRegistered) {
   const newestFirst = [...snapshot.entries].sort((a, b) => b.leases - a.leases || b.last_used - a.last_used);
   if (!newestFirst.length) return [element("p", { className: "note", textContent: "Nothing is resident." })];
   const list = element("ul", { className: "entries", role: "list" }, ...newestFirst.slice(0, MAX_ROWS).map((entry) => {
-    const [domain, version] = entry.key.split("@");
+    const [domain, version = ""] = entry.key.split("@");
     const item = element("li", {}, element("span", { className: "dot name", textContent: domain }),
       element("code", { className: "faint", textContent: version.slice(0, 8) }),
       element("span", { className: "chips" }, ...stateChips(entry, { drains: !isRegistered(entry.key) })),
