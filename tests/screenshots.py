@@ -18,12 +18,13 @@ ROOT = Path(__file__).parents[1]
 MIB = 1024 * 1024
 MAX_PICTURE_BYTES = 200_000
 WAIT_MILLISECONDS = 120_000
-DESK = {"viewport": {"width": 1180, "height": 720}}
+DESK = {"viewport": {"width": 1180, "height": 660}}
+TALL_DESK = {"viewport": {"width": 1180, "height": 880}}
 PHONE = {"viewport": {"width": 360, "height": 720}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
 
-EGGS = "A box holds 12 eggs. How many eggs are in 7 boxes?"
-ANEMIA = "What are the symptoms of iron deficiency anemia?"
-REVERSE = "Write a Python function that reverses a list."
+QUESTION = "What is diabetes?"
+PHONE_QUESTION = "Natalia sold 48 clips in April and half as many in May. How many clips did she sell altogether?"
+MAX_TOKENS = 80
 
 
 def main() -> None:
@@ -34,8 +35,8 @@ def main() -> None:
         settings = {"store__device_budget_bytes": 64 * MIB, "engine__dtype": "bfloat16"}  # a budget that can be seen
         with ServerProcess(store, log, **settings) as server:
             take(browser, server, "playground", chat, **DESK)
-            take(browser, server, "playground_compare", compare, **DESK, color_scheme="dark")
-            take(browser, server, "playground_store", administration, **DESK)
+            take(browser, server, "playground_compare", compare, **TALL_DESK, color_scheme="dark")
+            take(browser, server, "playground_store", administration, **TALL_DESK)
             take(browser, server, "playground_phone", phone, **PHONE, color_scheme="dark")
 
 
@@ -57,11 +58,9 @@ def take(browser: Browser, server: ServerProcess, name: str, act: Callable[[Page
 
 
 def chat(page: Page) -> None:
-    """Two turns, so that one of their domains is warm and one is cold."""
-    ask(page, EGGS)
-    page.locator(".report").nth(0).wait_for()
-    ask(page, "What is anemia?")
-    page.locator(".report").nth(1).wait_for()
+    """The first question that the server is asked, so that its domains are cold."""
+    ask(page, QUESTION)
+    page.locator(".report").wait_for()
 
 
 def compare(page: Page) -> None:
@@ -69,8 +68,9 @@ def compare(page: Page) -> None:
     page.get_by_role("link", name="Compare").click()
     side = page.locator("#side-b")
     side.get_by_role("radio", name="Custom").check()
-    side.get_by_role("slider", name="chat").fill("1")
-    ask(page, ANEMIA)
+    side.get_by_role("slider", name="medical").fill("0.5")
+    side.get_by_role("slider", name="chat").fill("0.5")
+    ask(page, QUESTION)
     page.locator(".report").nth(1).wait_for()
 
 
@@ -83,13 +83,14 @@ def administration(page: Page) -> None:
 
 def phone(page: Page) -> None:
     """A question on a small screen."""
-    ask(page, REVERSE)
+    ask(page, PHONE_QUESTION)
     page.locator(".report").wait_for()
 
 
 def ask(page: Page, question: str) -> None:
     """Without chance, so that the pictures are the same each time."""
     page.locator("#temperature").evaluate("(e) => { e.value = 0; e.dispatchEvent(new Event('input')); }")
+    page.locator("#max-tokens").evaluate(f"(e) => {{ e.value = {MAX_TOKENS}; e.dispatchEvent(new Event('input')); }}")
     page.get_by_label("Your question").fill(question)
     page.get_by_label("Your question").press("Enter")
 

@@ -14,8 +14,8 @@ const VIEWS = ["chat", "compare", "store"];
 const NARROW = window.matchMedia("(max-width: 60rem)");
 const EXAMPLES = [
   "A box holds 12 eggs. How many eggs are in 7 boxes?",
-  "What are the symptoms of iron deficiency anemia?",
-  "Write a Python function that reverses a list.",
+  "What is diabetes?",
+  "Can you explain step by step why 17 is a prime number?",
 ];
 
 const facts = new ServerFacts();

@@ -94,9 +94,10 @@ function unfold(body, rows) {
 
 function phases(seconds) {
   const known = PHASES.filter(([key]) => seconds[key] !== undefined);
+  const total = known.reduce((sum, [key]) => sum + seconds[key], 0) || 1;
   const line = element("div", { className: "phase-line", "aria-hidden": "true" }, ...known.map(([key]) => {
     const part = element("i", { className: `phase-${key}` });
-    part.style.flexGrow = seconds[key];
+    part.style.flexGrow = (100 * seconds[key]) / total; // sums below 1 would leave room
     return part;
   }));
   const list = element("dl", { className: "phases" }, ...known.map(([key, name]) =>
