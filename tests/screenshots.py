@@ -19,11 +19,10 @@ MIB = 1024 * 1024
 MAX_PICTURE_BYTES = 200_000
 WAIT_MILLISECONDS = 120_000
 DESK = {"viewport": {"width": 1180, "height": 660}}
-TALL_DESK = {"viewport": {"width": 1180, "height": 880}}
+TALL_DESK = {"viewport": {"width": 1180, "height": 920}}
 PHONE = {"viewport": {"width": 360, "height": 720}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
 
 QUESTION = "What is diabetes?"
-PHONE_QUESTION = "Natalia sold 48 clips in April and half as many in May. How many clips did she sell altogether?"
 MAX_TOKENS = 80
 
 
@@ -36,7 +35,7 @@ def main() -> None:
         with ServerProcess(store, log, **settings) as server:
             take(browser, server, "playground", chat, **DESK)
             take(browser, server, "playground_compare", compare, **TALL_DESK, color_scheme="dark")
-            take(browser, server, "playground_store", administration, **TALL_DESK)
+            take(browser, server, "playground_store", administration, **DESK)
             take(browser, server, "playground_phone", phone, **PHONE, color_scheme="dark")
 
 
@@ -83,7 +82,7 @@ def administration(page: Page) -> None:
 
 def phone(page: Page) -> None:
     """A question on a small screen."""
-    ask(page, PHONE_QUESTION)
+    ask(page, QUESTION)
     page.locator(".report").wait_for()
 
 

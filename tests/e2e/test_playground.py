@@ -295,7 +295,7 @@ def test_a_domain_in_use_drains_when_it_is_deleted_and_comes_back_by_upload(
     page.get_by_role("button", name="Check only").click()
     expect(page.locator("#register [role=status]")).to_contain_text("Valid: medical, 2 rounds")
     register = page.get_by_role("button", name="Register", exact=True)
-    slow_uploads(visit, bytes_per_second=4_000_000)
+    slow_uploads(visit, bytes_per_second=8_000_000)
     register.click()
     expect(page.get_by_label(f"Uploading {files[0].name} (2 of 2)")).to_have_attribute("value", re.compile(r"0\.[5-9]"))
     page.get_by_role("button", name="Cancel").click()
