@@ -74,7 +74,8 @@ class Visit:
 
     def bodies(self, path: str) -> list[dict[str, Any]]:
         """What was sent to an endpoint, in order."""
-        return [request.post_data_json for request in self.requests if urlsplit(request.url).path == path]
+        sent = [request.post_data for request in self.requests if urlsplit(request.url).path == path]
+        return [json.loads(body) for body in sent if body is not None]
 
 
 @pytest.fixture
