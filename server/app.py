@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.staticfiles import StaticFiles
 
 from server.access import Keys
 from server.body_limit import BodyLimit
@@ -20,7 +19,7 @@ from server.drain import Drain, DrainGate
 from server.error_responses import install_handlers
 from server.ports import EnginePort
 from server.rate_limits import RateLimits
-from server.routes import admin, health, openai
+from server.routes import admin, health, openai, playground
 from server.service import Service
 from server.store_admin import StoreAdmin
 from server.tracing import Tracer, open_tracer
@@ -83,9 +82,9 @@ def create_app(
         requests_per_minute=settings.server.requests_per_minute, tokens_per_minute=settings.server.tokens_per_minute
     )
     install_handlers(app)
-    for part in (openai, admin, health):
+    for part in (openai, admin, health, playground):
         app.include_router(part.router)
-    app.mount("/playground", StaticFiles(directory=health.PLAYGROUND), name="playground")
+    app.mount("/playground", playground.PlaygroundFiles(), name="playground")
     _add_middleware(app, settings, tracer)
     return app
 

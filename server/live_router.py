@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from router.policy import RoutingPolicy
 from router.router import Route, Router
 from server.ports import RouterPort
 from stack_store.manifest import DomainEntry, Manifest
@@ -21,6 +22,10 @@ class LiveRouter:
     @property
     def max_tokens(self) -> int:
         return self.router.settings.max_tokens
+
+    @property
+    def policy(self) -> RoutingPolicy:
+        return self.router.policy
 
     def route(self, text: str) -> Route:
         return self.router.route(text)

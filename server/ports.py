@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
 from engine.types import EngineSnapshot, Event, GenerationRequest
+from router.policy import RoutingPolicy
 from router.router import Route
 
 T = TypeVar("T")
@@ -46,6 +47,11 @@ class RouterPort(Protocol):
     @property
     def stack_digests(self) -> Mapping[str, tuple[str, ...]]:
         """The rounds of each domain that the router was trained against."""
+        ...
+
+    @property
+    def policy(self) -> RoutingPolicy:
+        """What turns its scores into a mix."""
         ...
 
     def route(self, text: str) -> Route: ...

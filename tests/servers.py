@@ -227,14 +227,14 @@ class ScriptedRouter:
     def __init__(self, domains: tuple[str, ...] = ("chat", "code", "math")) -> None:
         self.domains = domains
         self.stack_digests: dict[str, tuple[str, ...]] = {}
+        self.policy = RoutingPolicy()
         self.texts: list[str] = []
 
     def route(self, text: str) -> Route:
         self.texts.append(text)
         said = dict(word.split("=") for word in text.split() if "=" in word)
         scores = {domain: float(said.get(domain, 0.01)) for domain in self.domains}
-        policy = RoutingPolicy()
-        return Route(scores=scores, mix=policy.mix_from_scores(scores), gap=policy.is_gap(scores))
+        return Route(scores=scores, mix=self.policy.mix_from_scores(scores), gap=self.policy.is_gap(scores))
 
 
 @dataclass

@@ -1,15 +1,12 @@
-"""Health, metrics and the playground: what monitors and browsers ask for without a key. Knows no requests."""
+"""Health and metrics: what monitors ask for without a key. Knows no requests."""
 
 import math
-from pathlib import Path
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from server.app_state import drain_of, service_of, settings_of
-
-PLAYGROUND = Path(__file__).resolve().parent.parent / "playground"
 
 router = APIRouter(tags=["health"])
 
@@ -35,9 +32,3 @@ async def ready(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
     return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
-
-
-@router.get("/", include_in_schema=False)
-async def playground() -> Response:
-    """The page for trying it out."""
-    return FileResponse(PLAYGROUND / "index.html")

@@ -1,6 +1,7 @@
 """The endpoints that OpenAI's clients call, and their neighbours for routes and tokens. Knows HTTP and the service."""
 
 import asyncio
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -76,13 +77,20 @@ async def show_model(request: Request, model: str) -> dict[str, Any]:
 
 @router.post("/v1/route")
 async def route(request: Request, body: RouteRequest) -> dict[str, Any]:
-    """Scores and mix of a text. Nothing is generated."""
+    """Scores and mix of a text, and the policy that made one of the other. Nothing is generated."""
     service = service_of(request)
     service.choose(body.model, None)
     text = body.prompt if body.prompt is not None else last_user_text(body.messages or [])
     route, mix = await run_for_client(request.receive, service.route(text), deadline=_deadline(request))
-    stale = [name for name in service.stale_domains() if name in route.scores]
-    return {"object": "route", "scores": dict(route.scores), "mix": mix, "gap": route.gap, "stale": stale}
+    router = service.routing.router
+    return {
+        "object": "route",
+        "scores": dict(route.scores),
+        "mix": mix,
+        "gap": route.gap,
+        "stale": [name for name in service.stale_domains() if name in route.scores],
+        "policy": None if router is None else asdict(router.policy),
+    }
 
 
 @router.post("/tokenize")

@@ -203,6 +203,7 @@ def test_route_endpoint_generates_nothing(server: LiveServer) -> None:
     assert answer["scores"] == {"chat": 0.01, "code": 0.01, "math": 0.9}
     assert (answer["mix"], answer["gap"]) == ({"chat": 0.2, "math": 0.9}, False)
     assert gap["gap"] is True
+    assert answer["policy"] == {"floor_domain": "chat", "floor": 0.2, "threshold": 0.12, "gap_threshold": 0.12}
     assert server.engine.submitted == []
 
 

@@ -1,4 +1,4 @@
-"""Health, metrics, ids, logs and the page at the root."""
+"""Health, metrics, ids and logs."""
 
 import asyncio
 import logging
@@ -150,18 +150,3 @@ def test_models_are_found_by_their_names(server: LiveServer) -> None:
         for name in names:
             assert client.get(f"/v1/models/{name}").json()["id"] == name
         assert client.get("/v1/models/tiny:law").json()["error"]["code"] == "model_not_found"
-
-
-def test_playground_needs_no_outside_host(server: LiveServer) -> None:
-    with server.client() as client:
-        page = client.get("/")
-        assert page.headers["content-type"].startswith("text/html")
-        links = re.findall(r'(?:src|href)="([^"]+)"', page.text)
-        assert links
-        for link in links:
-            if link.startswith("data:"):
-                continue
-            assert link.startswith("/playground/"), link
-            asset = client.get(link)
-            assert asset.status_code == 200
-            assert not re.search(r"https?://", asset.text)

@@ -1,0 +1,167 @@
+// Puts the page together: views, composer, settings. Knows every part, and what runs now.
+import { Chat } from "./chat.js";
+import { Compare } from "./compare.js";
+import { $, counted, element } from "./dom.js";
+import { failureBox } from "./failure_box.js";
+import { Live } from "./live.js";
+import { MixPicker } from "./mix_picker.js";
+import { apiKey } from "./server.js";
+import { ServerFacts } from "./server_facts.js";
+import { StoreView } from "./store_view.js";
+import { tierSummaries } from "./tiers.js";
+
+const VIEWS = ["chat", "compare", "store"];
+const NARROW = window.matchMedia("(max-width: 60rem)");
+const EXAMPLES = [
+  "A box holds 12 eggs. How many eggs are in 7 boxes?",
+  "What is diabetes?",
+  "Can you explain step by step why 17 is a prime number?",
+];
+
+const facts = new ServerFacts();
+const live = new Live();
+const picker = new MixPicker($("chat-mix"), { name: "chat-mix", facts });
+const chat = new Chat({ facts, picker, sampling });
+const compare = new Compare({ facts, sampling });
+const store = new StoreView({ facts, live });
+let view = "chat";
+let running = null;
+
+function sampling() {
+  return { temperature: Number($("temperature").value), max_tokens: $("max-tokens").valueAsNumber || undefined };
+}
+
+// ---- views
+
+function showView() {
+  const wanted = location.hash.slice(1);
+  if (VIEWS.includes(wanted)) view = wanted; // another hash is a place within the view
+  document.body.dataset.view = view;
+  for (const part of document.querySelectorAll("[data-view-of]")) part.hidden = !part.dataset.viewOf.split(" ").includes(view);
+  for (const link of document.querySelectorAll("[data-goes-to]")) {
+    if (link.dataset.goesTo === view) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  $("new-chat").textContent = view === "compare" ? "Clear" : "New chat";
+  if (view === "store") store.open();
+  showSettings();
+  hurryIfWatched();
+}
+
+function hurryIfWatched() {
+  live.hurry(view === "store" || running !== null);
+}
+
+function fitSettings() {
+  $("settings").open = !NARROW.matches;
+  for (const id of ["side-a", "side-b"]) $(id).open = !NARROW.matches;
+}
+
+// ---- asking
+
+async function ask(question) {
+  if (!question.trim() || running) return;
+  if (!facts.model && !await learn()) return;
+  running = new AbortController();
+  setBusy(true);
+  const asker = view === "compare" ? compare : chat;
+  await asker.ask(question.trim(), { signal: running.signal, retry: ask });
+  running = null;
+  setBusy(false);
+}
+
+function setBusy(isBusy) {
+  const hadFocus = [$("send"), $("stop")].includes(document.activeElement);
+  $("send").hidden = isBusy;
+  $("stop").hidden = !isBusy;
+  if (hadFocus) $(isBusy ? "stop" : "question").focus();
+  hurryIfWatched();
+}
+
+function submit(event) {
+  event.preventDefault();
+  const question = $("question").value;
+  if (!question.trim() || running) return;
+  $("question").value = "";
+  fitQuestion();
+  ask(question);
+}
+
+function fitQuestion() {
+  const question = $("question");
+  question.style.height = "auto";
+  question.style.height = `${question.scrollHeight + 2}px`;
+}
+
+function clear() {
+  running?.abort();
+  (view === "compare" ? compare : chat).clear();
+  $("question").focus();
+  learn(); // domains and router may have changed since the page was opened
+}
+
+// ---- what the server is
+
+/** Whether the server told. What went wrong is shown where answers appear. */
+async function learn() {
+  $("server-failure")?.remove();
+  try {
+    await facts.refresh();
+    return true;
+  } catch (error) {
+    const box = failureBox(error, { retry: learn });
+    box.id = "server-failure";
+    document.querySelector(".stage").prepend(box);
+    $("server").textContent = error.status === 401 ? "needs a key" : "not reached";
+    if (error.status === 401) {
+      $("settings").open = true;
+      $("api-key").focus();
+    }
+    return false;
+  }
+}
+
+function showServer() {
+  $("server").textContent = `${facts.model.split("/").at(-1)} · ${counted(facts.domains.length, "domain")}`;
+  $("server").title = facts.model;
+}
+
+function showSettings() {
+  $("temperature-shown").textContent = Number($("temperature").value).toFixed(2);
+  const parts = [view === "chat" && picker.inWords, `temperature ${$("temperature").value}`, `${$("max-tokens").value} tokens`];
+  $("settings-summary").textContent = parts.filter(Boolean).join(" · ");
+}
+
+function showMemory() {
+  if (live.metrics) $("memory").replaceChildren(...tierSummaries(live, facts));
+}
+
+function start() {
+  $("examples").append(...EXAMPLES.map((text) => element("li", {}, element("button", { type: "button", textContent: text, onclick: () => ask(text) }))));
+  $("composer").addEventListener("submit", submit);
+  $("stop").addEventListener("click", () => running?.abort());
+  $("new-chat").addEventListener("click", clear);
+  $("question").addEventListener("input", fitQuestion);
+  $("question").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
+  });
+  for (const id of ["temperature", "max-tokens"]) $(id).addEventListener("input", showSettings);
+  picker.addEventListener("change", showSettings);
+  $("api-key").value = apiKey.value;
+  $("api-key").addEventListener("change", () => {
+    apiKey.value = $("api-key").value.trim();
+    learn();
+  });
+  $("api-key-form").addEventListener("submit", (event) => event.preventDefault());
+  facts.addEventListener("change", showServer);
+  live.addEventListener("change", showMemory);
+  window.addEventListener("hashchange", showView);
+  NARROW.addEventListener("change", fitSettings);
+  fitSettings();
+  showView();
+  learn();
+  live.start();
+  if (view !== "store" && !NARROW.matches) $("question").focus();
+}
+
+start();

@@ -1,0 +1,35 @@
+// What the server is: its model, domains and router policy. Tells listeners when they change; shows nothing.
+import { call } from "./server.js";
+
+const EMPTY_TEXT = " "; // has no words, so that it is not read by the router
+
+/** Dispatches `change`. */
+export class ServerFacts extends EventTarget {
+  model = null;
+  domains = [];
+  policy = null;
+
+  /** RequestFailed if the server does not tell its models. */
+  async refresh() {
+    const names = (await call("GET", "v1/models")).data.map((model) => model.id);
+    this.model = names[0];
+    this.domains = names.slice(1).map((name) => name.slice(this.model.length + 1)).filter((name) => name !== "base");
+    this.policy = await this.#routerPolicy();
+    this.dispatchEvent(new Event("change"));
+  }
+
+  /** The hue that stands for a domain everywhere on the page, in degrees. */
+  hue(domain) {
+    const place = this.domains.indexOf(domain);
+    return ((place < 0 ? this.domains.length : place) * 137.5 + 265) % 360;
+  }
+
+  async #routerPolicy() {
+    try {
+      return (await call("POST", "v1/route", { body: { prompt: EMPTY_TEXT } })).policy;
+    } catch (error) {
+      if (error.code === "router_not_found" || error.status === 429) return null;
+      throw error;
+    }
+  }
+}

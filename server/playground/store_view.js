@@ -1,0 +1,71 @@
+// The store's page: tiers and traffic for everybody, administration with the key. Knows its parts and who may see them.
+import { DomainList } from "./domain_list.js";
+import { $, element } from "./dom.js";
+import { failureBox } from "./failure_box.js";
+import { RegisterForm } from "./register_form.js";
+import { adminKey } from "./server.js";
+import { tierDetails, trafficList } from "./tiers.js";
+
+/** Whether the key opens is known once `open` has tried it. */
+export class StoreView {
+  constructor({ facts, live }) {
+    Object.assign(this, { facts, live });
+    this.domains = new DomainList($("domains"), { facts, live, replace: (name) => this.register.fill(name) });
+    this.register = new RegisterForm($("register"), { domains: this.domains });
+    for (const part of [this.domains, this.register]) part.addEventListener("change", () => this.#storeChanged());
+    this.domains.addEventListener("refresh", () => this.#showGeneration());
+    live.addEventListener("change", () => this.#show());
+    $("admin-key").value = adminKey.value;
+    $("admin-key-form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      adminKey.value = $("admin-key").value.trim();
+      this.open();
+    });
+    $("forget-key").addEventListener("click", () => {
+      adminKey.value = $("admin-key").value = "";
+      this.open();
+      $("admin-key").focus();
+    });
+  }
+
+  /** Tries the key, if there is one, and shows what it opens. */
+  async open() {
+    $("unlock-said").replaceChildren();
+    let isOpen = false;
+    if (adminKey.value) {
+      try {
+        await this.domains.refresh();
+        isOpen = true;
+      } catch (error) {
+        $("unlock-said").append(failureBox(error, { forAdmin: true }));
+        if (error.status === 401 || error.status === 403) adminKey.value = "";
+      }
+    }
+    if (!isOpen) this.domains.shown = null;
+    $("unlock-note").hidden = isOpen;
+    $("forget-key").hidden = !isOpen;
+    for (const id of ["domains-card", "register-card"]) $(id).hidden = !isOpen;
+    this.#showGeneration();
+    await this.live.look();
+  }
+
+  async #storeChanged() {
+    await this.domains.refresh().catch(() => {}); // what the change itself said stays in sight
+    this.#showGeneration();
+    await Promise.all([this.facts.refresh().catch(() => {}), this.live.look()]);
+  }
+
+  #showGeneration() {
+    $("generation").textContent = this.domains.shown ? `generation ${this.domains.generation}` : "";
+  }
+
+  #show() {
+    if (!this.live.metrics) {
+      $("tiers").replaceChildren(failureBox(this.live.failure));
+      return;
+    }
+    const stale = this.live.failure ? [element("p", { className: "note", textContent: "The server does not answer; this is what was seen last." })] : [];
+    $("tiers").replaceChildren(...stale, ...tierDetails(this.live, this.facts, (key) => this.domains.isRegistered(key)));
+    $("traffic").replaceChildren(trafficList(this.live));
+  }
+}
