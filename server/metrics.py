@@ -5,7 +5,7 @@ Labels have few values: endpoints are route templates, and domains beyond the fi
 
 from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
@@ -81,6 +81,9 @@ class ServerMetrics:
         self.capability_gap = counter("capability_gap_total", "Routed prompts that no domain covers.")
         self.build_info = gauge("build_info", "Always 1; what runs here.", "version", "base")
         self.build_info.labels(version, base).set(1)
+        self.heartbeat_age = gauge("engine_heartbeat_age_seconds", "Since the engine's thread last said that it lives.")
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
         self._show_zeros()
 
     def render(self) -> bytes:
@@ -94,8 +97,10 @@ class ServerMetrics:
         waiting: Callable[[], float],
         kv_used_ratio: Callable[[], float],
         preempted: Callable[[], float],
+        heartbeat_age_seconds: Callable[[], float],
     ) -> None:
         """Reads these at every scrape."""
+        self.heartbeat_age.set_function(heartbeat_age_seconds)
         self.registry.register(_CountedElsewhere("preemptions", "Sequences that gave up their KV blocks.", preempted))
         self.requests_running.set_function(running)
         self.requests_waiting.set_function(waiting)

@@ -63,6 +63,7 @@ class Service:
             waiting=lambda: max(0, admission.admitted - engine.snapshot().running),
             kv_used_ratio=lambda: engine.snapshot().kv_used_ratio,
             preempted=lambda: engine.snapshot().preempted,
+            heartbeat_age_seconds=engine.heartbeat_age_seconds,
         )
 
     def models(self) -> list[str]:
