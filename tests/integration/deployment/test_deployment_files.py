@@ -41,6 +41,13 @@ def test_each_profile_is_a_server_and_what_watches_it(profile: str, server: str)
     assert [device["capabilities"] for device in devices] == ([["gpu"]] if profile == "gpu" else [])
 
 
+def test_a_faulty_compose_file_is_told(tmp_path: Path) -> None:
+    """So that the tests beside this one see what compose says."""
+    (tmp_path / "docker-compose.yml").write_text("services: {server: {image: x, depends_on: [nobody]}}")
+    with pytest.raises(AssertionError, match="nobody"):
+        run_tool("docker-compose", "config", cwd=tmp_path)
+
+
 def test_the_override_of_compose_test_fits_the_shipped_file() -> None:
     services = composed("--profile", "cpu", "-f", "docker-compose.yml", "-f", "docker/compose.test.yml")
     assert all("ports" not in service for service in services.values())
