@@ -101,11 +101,11 @@ class ServerMetrics:
     def watch_load(
         self,
         *,
+        heartbeat_age_seconds: Callable[[], float],
         running: Callable[[], float],
         waiting: Callable[[], float],
         kv_used_ratio: Callable[[], float],
         preempted: Callable[[], float],
-        heartbeat_age_seconds: Callable[[], float],
     ) -> None:
         """Reads these at every scrape."""
         self.heartbeat_age.set_function(heartbeat_age_seconds)

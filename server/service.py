@@ -59,11 +59,11 @@ class Service:
         self._gap_log = gap_log
         self._parts = Parts(engine, catalog, metrics)
         metrics.watch_load(
+            heartbeat_age_seconds=engine.heartbeat_age_seconds,
             running=lambda: engine.snapshot().running,
             waiting=lambda: max(0, admission.admitted - engine.snapshot().running),
             kv_used_ratio=lambda: engine.snapshot().kv_used_ratio,
             preempted=lambda: engine.snapshot().preempted,
-            heartbeat_age_seconds=engine.heartbeat_age_seconds,
         )
 
     def models(self) -> list[str]:
