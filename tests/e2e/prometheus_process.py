@@ -41,7 +41,7 @@ class PrometheusProcess:
         deadline = time.monotonic() + START_SECONDS
         while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                self._process.kill()
+                self.__exit__()
                 raise AssertionError((self._folder / "prometheus.log").read_text()[-4000:])
             time.sleep(0.05)
         return self
@@ -63,7 +63,9 @@ class PrometheusProcess:
         return [float(series["value"][1]) for series in self.ask("/query", query=expression)["result"]]
 
     def _is_ready(self) -> bool:
+        """Whether it has scraped for the first time; while it starts, it answers 503 without JSON."""
         try:
-            return bool(self.values("up"))  # it was scraped for the first time
+            is_up = self._http.get(f"{self._url}/-/ready").status_code == 200
+            return is_up and bool(self.values("up"))
         except httpx.TransportError:
             return False

@@ -121,7 +121,7 @@ def make_traffic(server: ServerProcess) -> None:
     assert status_of_chat(server, model="tiny:law") == 404
     assert status_of_chat(server, temperature=-1) == 400
     with ThreadPoolExecutor(12) as clients:
-        together = [clients.submit(status_of_chat, server, max_tokens=80, ignore_eos=True) for _ in range(12)]
+        together = [clients.submit(status_of_chat, server, max_tokens=40, ignore_eos=True) for _ in range(12)]
         assert {200, 429} == {answer.result() for answer in together}
     assert server.metric("brainstacks_preemptions_total") > 0
     for file in (server.store / "domains" / "broken").iterdir():
