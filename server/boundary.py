@@ -21,7 +21,7 @@ from server.tracing import RequestTrace, Tracer, trace_var
 logger = logging.getLogger(__name__)
 
 CLIENT_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
-QUIET_ENDPOINTS = frozenset({"/metrics", "/health", "/health/live", "/health/ready"})
+QUIET_ENDPOINTS = frozenset({"/metrics", "/health", "/health/live", "/health/ready", "/admin/cache"})
 UNKNOWN_ENDPOINT = "other"
 TRACE_NAMES = {
     "mix": "brainstacks.mix",

@@ -5,7 +5,15 @@ Labels have few values: endpoints are route templates, and domains beyond the fi
 
 from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
@@ -114,6 +122,9 @@ class ServerMetrics:
             self.rate_limited.labels(limit)
         self.build_info = gauge("build_info", "Always 1; what runs here.", "version", "base")
         self.build_info.labels(version, base).set(1)
+        self.heartbeat_age = gauge("engine_heartbeat_age_seconds", "Since the engine's thread last said that it lives.")
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
         self._show_zeros()
 
     def render(self) -> bytes:
@@ -123,6 +134,7 @@ class ServerMetrics:
     def watch_load(
         self,
         *,
+        heartbeat_age_seconds: Callable[[], float],
         running: Callable[[], float],
         waiting: Callable[[], float],
         kv_used_ratio: Callable[[], float],
@@ -130,6 +142,7 @@ class ServerMetrics:
         stale: Callable[[], float],
     ) -> None:
         """Reads these at every scrape."""
+        self.heartbeat_age.set_function(heartbeat_age_seconds)
         self.registry.register(_CountedElsewhere("preemptions", "Sequences that gave up their KV blocks.", preempted))
         self.requests_running.set_function(running)
         self.requests_waiting.set_function(waiting)

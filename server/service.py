@@ -65,6 +65,7 @@ class Service:
         self._router_fit = RouterFit()
         self._parts = Parts(engine, catalog, metrics)
         metrics.watch_load(
+            heartbeat_age_seconds=engine.heartbeat_age_seconds,
             running=lambda: engine.snapshot().running,
             waiting=lambda: max(0, admission.admitted - engine.snapshot().running),
             kv_used_ratio=lambda: engine.snapshot().kv_used_ratio,

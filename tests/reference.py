@@ -20,7 +20,11 @@ class ReferenceModel:
 
     def __init__(self, folder: Path | None, *, base_format: Any = "dense") -> None:
         self.base: Base = load_base(
-            None if folder is None else str(folder), base_format=base_format, dtype="float32", attention="eager"
+            None if folder is None else str(folder),
+            base_format=base_format,
+            dtype="float32",
+            device="cpu",
+            attention="eager",
         )
 
     def logits(self, token_ids: Sequence[int], mix: Sequence[WeightedStack]) -> Tensor:

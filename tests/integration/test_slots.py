@@ -176,8 +176,10 @@ def test_on_cuda_a_mix_gives_the_tokens_of_the_cpu(tmp_path: Path, tiny_base_fol
         base = load_base(str(tiny_base_folder("llama")), base_format="dense", dtype="float32", device=device)
         (tmp_path / device).mkdir()
         registry = store_with_two_rounds(tmp_path / device, base.geometry, base.fingerprint)
-        domain = load_domain(registry, registry.domain("math"), dtype=base.dtype, device=base.device)
         engine = Engine(base, max_batch_rows=2, max_model_len=128, kv_cache_tokens=256)
+        domain = load_domain(
+            registry, registry.domain("math"), dtype=base.dtype, device=base.device, panelled=engine.wants_panels
+        )
         engine.start()
         answers.append(Client(engine).run(range(5, 25), sampling, [(domain, 0.7)]).token_ids)
         engine.stop()

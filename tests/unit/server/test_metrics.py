@@ -65,3 +65,11 @@ def test_downloads_are_counted_from_zero() -> None:
     metrics.download_failed()
     assert sample("brainstacks_object_download_bytes_total") == 150
     assert sample("brainstacks_object_download_failures_total") == 1
+
+
+def test_the_process_itself_is_measured() -> None:
+    sample = ServerMetrics(version="1", base="tiny").registry.get_sample_value
+    for name in ("process_resident_memory_bytes", "process_open_fds", "process_start_time_seconds"):
+        value = sample(name)
+        assert value is not None, name
+        assert value > 0, name
