@@ -83,7 +83,7 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
     versions = Versions()
     budget_bytes = settings.store.device_budget_bytes or available_memory_bytes(base.device) // AUTO_BUDGET_SHARE
     prepare_loads(base.dtype)
-    files = FileLoader(registry, versions, metrics, base.dtype, base.device, panelled=engine.wants_panels)
+    files = FileLoader(registry, versions, metrics, dtype=base.dtype, device=base.device, panelled=engine.wants_panels)
     host = _make_host_tier(files, settings.store)
     cache = ResidentCache[ResidentDomain](
         budget_bytes=budget_bytes,

@@ -9,36 +9,45 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.pinned_memory import allocate_host, allocate_pinned
-from engine.slots import ResidentDomain, copy_domain, read_domain
+from engine.pinned_memory import PinnedMemory, allocate_host
+from engine.slots import Allocate, ResidentDomain, copy_domain, read_domain
 from server.catalog import Versions
 from server.metrics import FILE_SOURCE, HOST_SOURCE, ServerMetrics
 from stack_store.cache import ResidentCache, Want
 from stack_store.registry import StackRegistry
 
 
-@dataclass(frozen=True, slots=True)
 class FileLoader:
     """From files into host memory, pinned if the device is CUDA. A cache's `load`, called in its threads."""
 
-    registry: StackRegistry
-    versions: Versions
-    metrics: ServerMetrics
-    dtype: torch.dtype
-    device: torch.device
-    panelled: bool
+    def __init__(
+        self,
+        registry: StackRegistry,
+        versions: Versions,
+        metrics: ServerMetrics,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        panelled: bool,
+    ) -> None:
+        self.metrics = metrics
+        self.device = device
+        self._registry = registry
+        self._versions = versions
+        self._dtype = dtype
+        self._panelled = panelled
+        self._allocate: Allocate = PinnedMemory().allocate if device.type == "cuda" else allocate_host
 
     def __call__(self, key: str) -> ResidentDomain:
         """Raises what is wrong with the files, or MemoryError."""
-        entry, began = self.versions.entry(key), time.monotonic()
-        allocate = allocate_pinned if self.device.type == "cuda" else allocate_host
-        domain = read_domain(self.registry, entry, dtype=self.dtype, panelled=self.panelled, allocate=allocate)
+        entry, began = self._versions.entry(key), time.monotonic()
+        domain = read_domain(self._registry, entry, dtype=self._dtype, panelled=self._panelled, allocate=self._allocate)
         self.metrics.loaded(FILE_SOURCE, sum(stack.bytes for stack in entry.stacks), time.monotonic() - began)
         return domain
 
     def want(self, key: str) -> Want:
         """What the domain takes of any tier."""
-        return Want(key, self.registry.resident_bytes(self.versions.entry(key), self.dtype))
+        return Want(key, self._registry.resident_bytes(self._versions.entry(key), self._dtype))
 
 
 @dataclass(frozen=True, slots=True)

@@ -356,7 +356,7 @@ def run_live_server(
     metrics, versions, may_load = ServerMetrics(version="0", base=BASE), Versions(), threading.Event()
     may_load.set()
 
-    files = FileLoader(registry, versions, metrics, torch.float32, torch.device("cpu"), panelled=False)
+    files = FileLoader(registry, versions, metrics, dtype=torch.float32, device=torch.device("cpu"), panelled=False)
     loader = DeviceLoader(files, None)
 
     def load(key: str) -> ResidentDomain:

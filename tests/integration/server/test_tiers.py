@@ -28,7 +28,9 @@ class Tiers:
         self.registry = make_store(folder / "store", folder / "import")
         self.versions = Versions()
         self.metrics = ServerMetrics(version="0", base="tiny")
-        self.files = FileLoader(self.registry, self.versions, self.metrics, torch.float32, DEVICE, panelled=False)
+        self.files = FileLoader(
+            self.registry, self.versions, self.metrics, dtype=torch.float32, device=DEVICE, panelled=False
+        )
         one = self.registry.resident_bytes(self.registry.domain("math"), torch.float32)
         self.host = ResidentCache[ResidentDomain](
             budget_bytes=int(host_domains * one),
