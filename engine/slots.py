@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.model.fused_step import array_of
 from engine.model.moe_lora import ServingStack, serving_stack, to_device
 from engine.model.stack_unpacking import StackUnpacking, compile_unpacking
-from engine.pinned_memory import allocate_host
+from engine.slot_memory import SlotMemory
 from stack_store.format import StackHeader, read_stack, resident_bytes
 from stack_store.manifest import DomainEntry, StackEntry
 from stack_store.registry import StackRegistry
@@ -57,9 +57,10 @@ def read_domain(
     *,
     dtype: torch.dtype,
     panelled: bool = False,
-    allocate: Allocate = allocate_host,
+    allocate: Allocate | None = None,
 ) -> ResidentDomain:
-    """As `load_domain`, into host memory that `allocate` gives."""
+    """As `load_domain`, into host memory that `allocate` gives, by default new memory."""
+    allocate = allocate or SlotMemory().allocate
     stacks = (_read_stack(registry, stack, dtype, panelled=panelled, allocate=allocate) for stack in entry.stacks)
     return ResidentDomain(name=entry.name, version=entry.version, stacks=tuple(stacks))
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.pinned_memory import PinnedMemory, allocate_host
-from engine.slots import Allocate, ResidentDomain, copy_domain, read_domain
+from engine.slot_memory import SlotMemory
+from engine.slots import ResidentDomain, copy_domain, read_domain
 from server.catalog import Versions
 from server.metrics import FILE_SOURCE, HOST_SOURCE, ServerMetrics
 from stack_store.cache import ResidentCache, Want
@@ -36,12 +36,14 @@ class FileLoader:
         self._versions = versions
         self._dtype = dtype
         self._panelled = panelled
-        self._allocate: Allocate = PinnedMemory().allocate if device.type == "cuda" else allocate_host
+        self._memory = SlotMemory.for_copies_to(device)
 
     def __call__(self, key: str) -> ResidentDomain:
         """Raises what is wrong with the files, or MemoryError."""
         entry, began = self._versions.entry(key), time.monotonic()
-        domain = read_domain(self._registry, entry, dtype=self._dtype, panelled=self._panelled, allocate=self._allocate)
+        domain = read_domain(
+            self._registry, entry, dtype=self._dtype, panelled=self._panelled, allocate=self._memory.allocate
+        )
         self.metrics.loaded(FILE_SOURCE, sum(stack.bytes for stack in entry.stacks), time.monotonic() - began)
         return domain
 

@@ -179,7 +179,7 @@ def load_speeds(folder: Path, rounds: int) -> dict[str, Any]:
     import torch
 
     from engine.model.base import load_base
-    from engine.pinned_memory import PinnedMemory, allocate_host
+    from engine.slot_memory import SlotMemory
     from engine.slots import copy_domain, prepare_loads, read_domain
 
     base = load_base(str(make_base(folder)), base_format="dense", device="cuda")
@@ -187,7 +187,7 @@ def load_speeds(folder: Path, rounds: int) -> dict[str, Any]:
     prepare_loads(base.dtype)
     entry = registry.domain("domain-0")
     path, num_bytes = registry.stack_path(entry.stacks[0]), entry.stacks[0].bytes
-    pinned = PinnedMemory()
+    pinned = SlotMemory.for_copies_to(base.device)
     read = partial(read_domain, registry, entry, dtype=base.dtype)
     host = read(allocate=pinned.allocate)
     plain = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
@@ -210,8 +210,10 @@ def load_speeds(folder: Path, rounds: int) -> dict[str, Any]:
         "file to pinned host memory, cold": partial(speed, partial(read, allocate=pinned.allocate), drop),
         "dd, warm": partial(speed, dd),
         "file to pinned host memory, warm": partial(speed, partial(read, allocate=pinned.allocate)),
-        "file to host memory, warm": partial(speed, partial(read, allocate=allocate_host)),
-        "pinning that much memory": partial(speed, lambda: PinnedMemory().allocate(num_bytes, torch.uint8)),
+        "file to host memory, warm": partial(speed, read),
+        "pinning that much memory": partial(
+            speed, lambda: SlotMemory.for_copies_to(base.device).allocate(num_bytes, torch.uint8)
+        ),
         "pinned host memory to device": partial(speed, partial(copy_domain, host, base.device)),
         "plain copy from pinned memory": partial(speed, partial(target.copy_, plain, non_blocking=True)),
     }
@@ -232,7 +234,7 @@ def beside_loads(folder: Path, tokens: int) -> dict[str, Any]:
 
     from engine.engine import Engine
     from engine.model.base import load_base
-    from engine.pinned_memory import PinnedMemory
+    from engine.slot_memory import SlotMemory
     from engine.slots import copy_domain, prepare_loads, read_domain
     from stack_store.registry import StackRegistry
 
@@ -240,7 +242,7 @@ def beside_loads(folder: Path, tokens: int) -> dict[str, Any]:
     registry = StackRegistry.open(folder / "store")
     prepare_loads(base.dtype)
     entries = registry.manifest.domains
-    read = partial(read_domain, registry, dtype=base.dtype, allocate=PinnedMemory().allocate)
+    read = partial(read_domain, registry, dtype=base.dtype, allocate=SlotMemory.for_copies_to(base.device).allocate)
     engine = Engine(base, max_batch_rows=8, max_model_len=1024, kv_cache_tokens=65536)
     engine.start()
     hosts = [read(entry) for entry in entries]

@@ -1,6 +1,7 @@
 """Downloads on the event loop: one for each digest, and what happens to those who wait for it."""
 
 import asyncio
+import hashlib
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
@@ -19,7 +20,7 @@ from stack_store.object_url import ObjectUrl
 from stack_store.uploads import BlobStore
 from tests.servers import WAIT_SECONDS, make_store
 
-DIGEST = "0" * 64
+DIGEST = hashlib.sha256(b"law").hexdigest()
 
 
 class GatedDownloader(Downloader):

@@ -1,7 +1,7 @@
-"""Host memory from which copies to a CUDA device are fastest. Knows bytes and pages, not stacks.
+"""The memory of slots: flat, exact, and used again. Knows bytes and pages, not stacks.
 
-PyTorch's own pinned memory comes in powers of two and is never given back; a budget of bytes needs the exact size. To
-pin and unpin pages holds up whatever the device is about to do, so free pages serve the next load of their size.
+New pages cost more than what is put into them: the system zeroes each, and to pin them for CUDA holds up whatever the
+device is about to do. So the pages of a slot that came free serve the next load of their size.
 """
 
 import mmap
@@ -15,32 +15,29 @@ import torch
 from torch import Tensor
 
 Pin = Callable[[int, int], None]  # (address, bytes)
+Unpin = Callable[[int], None]  # (address)
+
+MAX_FREE_SLOTS = 2  # as many as load at once; what else comes free goes back to the system
 
 
-def allocate_host(numel: int, dtype: torch.dtype) -> Tensor:
-    """Flat memory that the system may page out. Raises MemoryError."""
-    try:
-        return torch.empty(numel, dtype=dtype)
-    except RuntimeError as error:  # PyTorch's name for it on a CPU
-        raise MemoryError(f"no host memory for {numel * dtype.itemsize} bytes") from error
+class SlotMemory:
+    """Gives flat memory for the life of each tensor and its views. Thread-safe."""
 
-
-class PinnedMemory:
-    """Flat pinned memory for the life of each tensor and its views. Thread-safe.
-
-    Free pages of one size are kept until memory of another size is wanted, so what lies here is never more than what is
-    in use and what was given back since.
-    """
-
-    def __init__(self, *, pin: Pin | None = None, unpin: Callable[[int], None] | None = None) -> None:
-        """By default CUDA's own way."""
-        self._pin = pin or _cuda_pin
-        self._unpin = unpin or _cuda_unpin
+    def __init__(self, *, pin: Pin | None = None, unpin: Unpin | None = None, max_free: int = MAX_FREE_SLOTS) -> None:
+        """`pin` is called for new pages, `unpin` before they go back."""
+        self._pin = pin
+        self._unpin = unpin
+        self._max_free = max_free
         self._free: list[mmap.mmap] = []
         self._lock = threading.Lock()
 
+    @classmethod
+    def for_copies_to(cls, device: torch.device) -> "SlotMemory":
+        """Pinned if the device is CUDA."""
+        return cls(pin=_cuda_pin, unpin=_cuda_unpin) if device.type == "cuda" else cls()
+
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Raises MemoryError."""
+        """Whatever lay there before. Raises MemoryError."""
         num_bytes = numel * dtype.itemsize
         pages = self._take(num_bytes) or self._make(num_bytes)
         view = np.frombuffer(pages, np.uint8)
@@ -53,8 +50,7 @@ class PinnedMemory:
         with self._lock:
             free, self._free = self._free, []
         for pages in free:
-            self._unpin(_address(pages))
-            pages.close()
+            self._close(pages)
 
     def _take(self, num_bytes: int) -> mmap.mmap | None:
         with self._lock:
@@ -64,17 +60,27 @@ class PinnedMemory:
         return None
 
     def _make(self, num_bytes: int) -> mmap.mmap:
-        self.release()
+        self.release()  # pages of another size, which would come on top
         try:
             pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise MemoryError(f"no host memory for {num_bytes} bytes") from error
-        self._pin(_address(pages), num_bytes)
+            raise MemoryError(f"no memory for {num_bytes} bytes") from error
+        pages.madvise(mmap.MADV_HUGEPAGE)  # zeroed and looked up in larger pieces
+        if self._pin is not None:
+            self._pin(_address(pages), num_bytes)
         return pages
 
     def _give_back(self, pages: mmap.mmap) -> None:
         with self._lock:
-            self._free.append(pages)
+            if len(self._free) < self._max_free:
+                self._free.append(pages)
+                return
+        self._close(pages)
+
+    def _close(self, pages: mmap.mmap) -> None:
+        if self._unpin is not None:
+            self._unpin(_address(pages))
+        del pages  # unmapped when its last view, which may be the one that is going, is gone
 
 
 def _address(pages: mmap.mmap) -> int:

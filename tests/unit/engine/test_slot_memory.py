@@ -1,11 +1,11 @@
-"""Pinned pages: exact, used again, and given back. What pins them is CUDA's, and recorded here instead."""
+"""Pages of slots: exact, used again, and given back. What pins them is CUDA's, and recorded here instead."""
 
 import gc
 
 import pytest
 import torch
 
-from engine.pinned_memory import PinnedMemory, allocate_host
+from engine.slot_memory import SlotMemory
 
 
 class Pins:
@@ -14,53 +14,58 @@ class Pins:
     def __init__(self) -> None:
         self.pinned: dict[int, int] = {}
         self.num_pinned = 0
+        self.memory = SlotMemory(pin=self._pin, unpin=self._unpin)
 
-    def pin(self, address: int, num_bytes: int) -> None:
+    def _pin(self, address: int, num_bytes: int) -> None:
         assert address not in self.pinned
         self.pinned[address] = num_bytes
         self.num_pinned += 1
 
-    def unpin(self, address: int) -> None:
+    def _unpin(self, address: int) -> None:
         del self.pinned[address]
 
 
 def test_pages_are_exact_and_serve_the_next_load_of_their_size() -> None:
     pins = Pins()
-    memory = PinnedMemory(pin=pins.pin, unpin=pins.unpin)
-    first = memory.allocate(1000, torch.bfloat16)
+    first = pins.memory.allocate(1000, torch.bfloat16)
     address = first.data_ptr()
     assert pins.pinned == {address: 2000}
     first.fill_(1.5)
     part = first[10:20]
     del first
     gc.collect()
-    other = memory.allocate(1000, torch.bfloat16)
+    other = pins.memory.allocate(1000, torch.bfloat16)
     assert other.data_ptr() != address  # a view still needs the pages
     assert torch.equal(part, torch.full((10,), 1.5, dtype=torch.bfloat16))
     del part
     gc.collect()
-    again = memory.allocate(500, torch.float32)
+    again = pins.memory.allocate(500, torch.float32)
     assert again.data_ptr() == address
     assert pins.num_pinned == 2
 
 
 def test_free_pages_of_another_size_are_given_back_before_new_ones_are_taken() -> None:
     pins = Pins()
-    memory = PinnedMemory(pin=pins.pin, unpin=pins.unpin)
-    tensors = [memory.allocate(100, torch.uint8) for _ in range(3)]
+    tensors = [pins.memory.allocate(100, torch.uint8) for _ in range(3)]
     kept = tensors.pop()
     tensors.clear()
     gc.collect()
-    large = memory.allocate(5000, torch.uint8)
+    large = pins.memory.allocate(5000, torch.uint8)
     assert pins.pinned == {kept.data_ptr(): 100, large.data_ptr(): 5000}
     del large
     gc.collect()
-    memory.release()
+    pins.memory.release()
     assert pins.pinned == {kept.data_ptr(): 100}
 
 
+def test_no_more_than_two_free_slots_are_kept() -> None:
+    pins = Pins()
+    tensors = [pins.memory.allocate(100, torch.uint8) for _ in range(5)]
+    tensors.clear()
+    gc.collect()
+    assert len(pins.pinned) == 2
+
+
 def test_memory_that_cannot_be_had_is_a_memory_error() -> None:
-    with pytest.raises(MemoryError, match="no host memory for 8000000000000000 bytes"):
-        allocate_host(10**15, torch.float64)
-    with pytest.raises(MemoryError, match="no host memory"):
-        PinnedMemory(pin=Pins().pin, unpin=Pins().unpin).allocate(10**15, torch.float64)
+    with pytest.raises(MemoryError, match="no memory for 8000000000000000 bytes"):
+        SlotMemory().allocate(10**15, torch.float64)

@@ -1,0 +1,352 @@
+"""Mixed traffic on a running server for as long as one likes, while its store changes and faults are injected.
+
+    python -m tests.soak [--minutes N] [--seed N] [--json FILE]
+
+Every answer is compared with the reference that the same server gave to the same question when nothing else ran: for
+the version of the domain that answered, bit for bit. At the end nothing may be left: no lease, block, file or thread.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from stack_store.format import read_stack, write_stack
+from stack_store.registry import StackRegistry
+from tests.e2e.server_process import ADMIN_KEY, ServerProcess
+
+DEMO_STORE = Path(__file__).parents[1] / "demo" / "store"
+NUM_CLIENTS = 8
+TOKENS = 12
+SAMPLE_SECONDS = 5.0
+WARM_UP_SHARE = 1 / 3  # of the time, after which memory may not grow any more
+STABLE = ("chat", "code", "medical", "reasoning")  # never change
+CHANGING = ("law", "math", "physics")  # are replaced, deleted, damaged
+QUESTIONS = (
+    "What is anemia?",
+    "A box holds 12 eggs. How many eggs are in 7 boxes?",
+    "Write a function that adds two numbers.",
+    "Why is the sky blue?",
+)
+Mix = dict[str, float]
+Answer = tuple[str, tuple[float, ...]]  # text and log probabilities
+
+
+@dataclass
+class Tally:
+    """What happened."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    waits: list[float] = field(default_factory=list)
+    samples: list[dict[str, float]] = field(default_factory=list)
+
+
+class Soak:
+    """One server and all that is done to it."""
+
+    def __init__(self, server: ServerProcess, folder: Path, *, seconds: float, seed: int) -> None:
+        self._server = server
+        self._folder = folder
+        self._seconds = seconds
+        self._draw = random.Random(seed)
+        self._http = httpx.AsyncClient(base_url=server.url, timeout=120, limits=httpx.Limits(max_connections=64))
+        self._admin = {"authorization": f"Bearer {ADMIN_KEY}"}
+        self._references: dict[tuple[str, str, str, float], Answer] = {}
+        self._versions: dict[str, list[Path]] = {}
+        self._now: dict[str, set[int]] = {}  # of a changing domain, the versions that may answer at present
+        self._damaged: set[str] = set()
+        self.tally = Tally()
+
+    async def run(self) -> None:
+        """All of it."""
+        self._write_versions()
+        await self._learn_references()
+        before = self._sample()
+        ends = time.monotonic() + self._seconds
+        tasks: list[Coroutine[Any, Any, None]] = [self._client(ends) for _ in range(NUM_CLIENTS)]
+        tasks += [self._hang_up(ends), self._change(ends), self._damage(ends), self._watch(ends)]
+        await asyncio.gather(*tasks)
+        await self._settle()
+        self.tally.samples.append(self._sample())
+        self._require_nothing_left(before)
+        await self._http.aclose()
+
+    def _write_versions(self) -> None:
+        """Three versions of each changing domain: first rounds of other domains under its name."""
+        registry = StackRegistry.open(DEMO_STORE)
+        for domain in CHANGING:
+            self._versions[domain] = []
+            for number in range(3):
+                source = registry.domain(STABLE[number])
+                read = read_stack(registry.stack_path(source.stacks[0]))
+                header = replace(read.header, domain=domain, round=1, weights="bf16")
+                path = self._folder / "import" / f"{domain}-{number}.safetensors"
+                path.parent.mkdir(exist_ok=True)
+                write_stack(path, header, read.groups)
+                self._versions[domain].append(path)
+            self._now[domain] = set()
+        registry.close()
+
+    async def _learn_references(self) -> None:
+        """What every domain, in every version, says to every question when nobody else asks."""
+        for question in QUESTIONS:
+            await self._learn("base", "", question, {})
+            for domain in STABLE:
+                for weight in (0.5, 1.0):
+                    await self._learn(domain, "", question, {domain: weight})
+        for number in range(3):
+            for domain in CHANGING:
+                await self._register(domain, number)
+            for question in QUESTIONS:
+                for domain in CHANGING:
+                    for weight in (0.5, 1.0):
+                        await self._learn(domain, str(number), question, {domain: weight})
+        different = len(set(self._references.values()))
+        assert different > len(self._references) * 0.8, f"{different} of {len(self._references)} answers differ"
+
+    async def _learn(self, domain: str, version: str, question: str, mix: Mix) -> None:
+        answers = [_answer_of(await self._ask(question, mix)) for _ in range(2)]
+        assert answers[0] == answers[1], "an answer repeats itself before anything is blamed on the traffic"
+        self._references[domain, version, question, next(iter(mix.values()), 0.0)] = answers[0]
+
+    async def _ask(self, question: str, mix: Mix) -> httpx.Response:
+        body = {
+            "prompt": question,
+            "max_tokens": TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": 1,
+            "brainstacks": {"mix": mix} if mix else {"mode": "base"},
+        }
+        return await self._http.post("/v1/completions", json=body)
+
+    async def _client(self, ends: float) -> None:
+        while time.monotonic() < ends:
+            domain = self._draw.choice((*STABLE, *CHANGING, "base"))
+            question, weight = self._draw.choice(QUESTIONS), self._draw.choice((0.5, 1.0))
+            possible = self._now.get(domain, set()).copy()
+            began = time.monotonic()
+            watched: set[int] = set()
+            if domain in CHANGING:
+                watched = self._now[domain]
+            response = await self._ask(question, {} if domain == "base" else {domain: weight})
+            self.tally.waits.append(time.monotonic() - began)
+            self._judge(domain, question, weight, possible | watched, response)
+
+    def _judge(self, domain: str, question: str, weight: float, versions: set[int], response: httpx.Response) -> None:
+        if response.status_code != 200:
+            code = response.json()["error"]["code"]
+            self.tally.counts[f"{response.status_code} {code}"] += 1
+            is_expected = domain in CHANGING and code in ("domain_not_found", "load_failed", "model_not_found")
+            assert is_expected, f"{domain}: {response.status_code} {response.text}"
+            return
+        answer = _answer_of(response)
+        names = [""] if domain not in CHANGING else [str(number) for number in range(3)]
+        weight = 0.0 if domain == "base" else weight
+        expected = {name: self._references[domain, name, question, weight] for name in names}
+        matching = [name for name, reference in expected.items() if reference == answer]
+        assert matching, f"{domain} at {weight} answered {question!r} with {answer}, not with one of {expected}"
+        if domain in CHANGING:
+            assert {int(name) for name in matching} & (versions | self._now[domain]), (
+                f"{domain} answered as version {matching}, registered were {versions}"
+            )
+        self.tally.counts["right answers"] += 1
+
+    async def _hang_up(self, ends: float) -> None:
+        """Streams whose clients leave after a random while."""
+        while time.monotonic() < ends:
+            domain = self._draw.choice(STABLE)
+            body = {
+                "messages": [{"role": "user", "content": self._draw.choice(QUESTIONS)}],
+                "max_tokens": 200,
+                "stream": True,
+                "ignore_eos": True,
+                "brainstacks": {"mix": {domain: 1.0}},
+            }
+            leaves_after = self._draw.uniform(0, 1.5)
+            try:
+                async with asyncio.timeout(leaves_after):
+                    async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+                        async for _ in response.aiter_raw():
+                            pass
+            except TimeoutError:
+                self.tally.counts["hang-ups"] += 1
+            await asyncio.sleep(0.3)
+
+    async def _change(self, ends: float) -> None:
+        """Replaces, deletes, registers anew, pins, prefetches."""
+        while time.monotonic() < ends:
+            domain = self._draw.choice(CHANGING)
+            act = self._draw.choice(("replace", "replace", "replace", "delete", "pin", "prefetch"))
+            if domain in self._damaged:
+                pass
+            elif act == "replace":
+                await self._register(domain, self._draw.randrange(3))
+            elif act == "delete" and self._now[domain]:
+                response = await self._http.delete(f"/admin/domains/{domain}", headers=self._admin)
+                assert response.status_code == 200, response.text
+                self._now[domain] = set()
+            elif self._now[domain]:
+                response = await self._http.post(f"/admin/domains/{domain}/{act}", headers=self._admin)
+                assert response.status_code in (200, 400), response.text
+                await self._http.post(f"/admin/domains/{domain}/unpin", headers=self._admin)
+            self.tally.counts[act] += 1
+            await asyncio.sleep(self._draw.uniform(0.1, 1.0))
+
+    async def _register(self, domain: str, number: int) -> None:
+        path = self._versions[domain][number]
+        self._now[domain].add(number)  # from now on either may answer
+        body = {"stacks": [{"path": path.name}]}
+        response = await self._http.put(f"/admin/domains/{domain}", json=body, headers=self._admin)
+        assert response.status_code in (200, 201), response.text
+        self._now[domain] = {number}
+
+    async def _damage(self, ends: float) -> None:
+        """Breaks the file of a registered domain and mends it again."""
+        while time.monotonic() < ends:
+            await asyncio.sleep(self._draw.uniform(5, 15))
+            domain = self._draw.choice(CHANGING)
+            if not self._now[domain] or time.monotonic() > ends - 20:
+                continue
+            self._damaged.add(domain)
+            files = sorted((self._server.store / "domains" / domain).glob("*.safetensors"))
+            for file in files:
+                await self._break_and_mend(file)
+            self._damaged.discard(domain)
+            self.tally.counts["faults"] += 1
+
+    async def _break_and_mend(self, file: Path) -> None:
+        good = file.read_bytes()
+        if self._draw.random() < 0.5:
+            file.unlink()
+        else:
+            file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        await asyncio.sleep(self._draw.uniform(0.5, 3))
+        file.write_bytes(good)
+        await asyncio.sleep(6)  # what failed is remembered for five seconds
+
+    async def _watch(self, ends: float) -> None:
+        while time.monotonic() < ends:
+            self.tally.samples.append(self._sample())
+            ready = await self._http.get("/health/ready")
+            assert ready.status_code == 200, ready.text
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    def _sample(self) -> dict[str, float]:
+        process = Path(f"/proc/{self._server.pid}")
+        status = (process / "status").read_text()
+        return {
+            "at": time.monotonic(),
+            "resident_set_bytes": 1024 * _number(r"VmRSS:\s+(\d+)", status),
+            "threads": _number(r"Threads:\s+(\d+)", status),
+            "files": float(len(os.listdir(process / "fd"))),
+        }
+
+    async def _settle(self) -> None:
+        ends = time.monotonic() + 30
+        while time.monotonic() < ends:
+            cache = (await self._http.get("/admin/cache", headers=self._admin)).json()
+            is_idle = self._server.metric("brainstacks_requests_running") == 0
+            if cache["leased_bytes"] == 0 and cache["waiting"] == 0 and is_idle:
+                return
+            await asyncio.sleep(0.2)
+        raise AssertionError(f"leases are left: {cache}")
+
+    def _require_nothing_left(self, before: dict[str, float]) -> None:
+        after = self.tally.samples[-1]
+        assert self._server.metric("brainstacks_requests_waiting") == 0
+        assert self._server.metric("brainstacks_kv_cache_used_ratio") == 0, "blocks are left"
+        assert after["threads"] <= before["threads"] + 8, (before, after)  # of pools that grow when they are first used
+        assert after["files"] <= before["files"] + NUM_CLIENTS + 8, (before, after)
+        stored = {path.name for path in (self._server.store / "domains").rglob("*") if path.is_file()}
+        manifest = json.loads((self._server.store / "manifest.json").read_text())
+        named = {Path(stack["file"]).name for domain in manifest["domains"] for stack in domain["stacks"]}
+        assert stored == named, f"files are left: {stored ^ named}"
+
+    def report(self) -> dict[str, Any]:
+        """Numbers for people."""
+        samples = self.tally.samples
+        steady = [s for s in samples if s["at"] - samples[0]["at"] >= WARM_UP_SHARE * self._seconds]
+        half = len(steady) // 2
+        memory = [statistics.median(s["resident_set_bytes"] for s in part) for part in (steady[:half], steady[half:])]
+        return {
+            "seconds": self._seconds,
+            "counts": dict(self.tally.counts),
+            "longest_wait_seconds": max(self.tally.waits),
+            "median_wait_seconds": statistics.median(self.tally.waits),
+            "resident_set_bytes": {"second third": memory[0], "last third": memory[1], "ratio": memory[1] / memory[0]},
+            "threads": [samples[0]["threads"], samples[-1]["threads"]],
+            "files": [samples[0]["files"], samples[-1]["files"]],
+            "evictions": self._server.metric("brainstacks_stack_cache_evictions_total", tier="device"),
+            "loads": self._server.metric("brainstacks_stack_load_seconds_count", source="file"),
+            "failed_loads": self._server.metric("brainstacks_stack_load_failures_total", source="file"),
+        }
+
+
+def _answer_of(response: httpx.Response) -> Answer:
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    return choice["text"], tuple(choice["logprobs"]["token_logprobs"])
+
+
+def _number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    assert found is not None, pattern
+    return float(found[1])
+
+
+def run_soak(folder: Path, *, seconds: float, seed: int, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """A server on a copy of the demo store, with room for a few of eight domains. AssertionError for what is wrong."""
+    store = folder / "store"
+    shutil.copytree(DEMO_STORE, store)
+    (folder / "import").mkdir()
+    settings = {
+        "engine__dtype": "auto",
+        "store__device_budget_bytes": 110 << 20,
+        "store__import_root": folder / "import",
+        "store__verify_interval_seconds": 1,
+        "engine__max_batch_rows": 8,
+    }
+    with ServerProcess(store, folder / "log", **settings) as server:
+        soak = Soak(server, folder, seconds=seconds, seed=seed)
+        try:
+            asyncio.run(soak.run())
+        except BaseException:
+            log(server.log_text[-4000:])
+            log(json.dumps(soak.tally.counts))
+            raise
+        report = soak.report()
+        assert server.stop() == 0
+    return report
+
+
+def main() -> None:
+    """Runs and prints."""
+    parser = argparse.ArgumentParser(description="Mixed traffic while the store changes.")
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=None)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=os.getcwd()) as folder:
+        report = run_soak(Path(folder), seconds=60 * arguments.minutes, seed=arguments.seed)
+    print(json.dumps(report, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    assert report["resident_set_bytes"]["ratio"] < 1.02, "memory grew"
+
+
+if __name__ == "__main__":
+    main()
