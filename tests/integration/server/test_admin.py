@@ -363,6 +363,41 @@ def test_prefetched_domain_is_not_cold(server: LiveServer, api: httpx.Client) ->
     assert api.post("/admin/domains/law/prefetch").status_code == 404
 
 
+def test_what_the_router_knows_of_each_domain_is_shown(server: LiveServer, api: httpx.Client) -> None:
+    """A domain that it does not know is served when a request names it, and never by route."""
+    put_law(api, law_file(server))
+    trained = {name: tuple(s.digest for s in server.registry.domain(name).stacks) for name in ("chat", "math")}
+    server.router.stack_digests = trained | {"code": ("0" * 64,), "gone": ("1" * 64,)}
+    listed = api.get("/admin/domains").json()
+    known = {domain["name"]: domain["router"] for domain in listed["domains"]}
+    assert known == {"chat": "trained", "math": "trained", "code": "stale", "law": "unknown"}
+    answer = server.chat("law=0.9", model="tiny:law").json()["brainstacks"]
+    assert (answer["mix"], answer["scores"]) == ({"law": 1.0}, {})
+
+
+def test_a_route_by_a_router_of_other_stacks_says_so(server: LiveServer, api: httpx.Client) -> None:
+    assert "stale" not in server.chat("math=0.9").json()["brainstacks"]
+    server.router.stack_digests = {"math": ("0" * 64,)}
+    put_law(api, law_file(server))  # a change of the store, after which its fit is looked at again
+    assert server.chat("math=0.8").json()["brainstacks"]["stale"] == ["math"]
+    with server.client() as client:
+        assert client.post("/v1/route", json={"prompt": "math=0.8"}).json()["stale"] == ["math"]
+    assert server.metric("brainstacks_router_stale_domains") == 1
+    explicit = server.chat(model="tiny:math").json()["brainstacks"]
+    assert "stale" not in explicit  # nobody asked the router
+    listed = api.get("/admin/domains").json()["domains"]
+    assert [domain["router"] for domain in listed if domain["name"] == "math"] == ["stale"]
+
+
+def test_without_a_host_tier_nothing_can_be_pinned_in_it(server: LiveServer, api: httpx.Client) -> None:
+    for action in ("pin", "unpin", "prefetch"):
+        refused = api.post(f"/admin/domains/math/{action}?tier=host")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tier")
+    assert api.post("/admin/domains/math/pin?tier=shelf").status_code == 400
+    assert api.post("/admin/domains/math/pin?tier=device").json()["pinned"] is True
+    assert api.get("/admin/cache").json()["host"] is None
+
+
 def test_cache_is_shown(server: LiveServer, api: httpx.Client) -> None:
     server.chat(model="tiny:math")
     wait_until(lambda: server.cache.snapshot().leased_bytes == 0, what="the lease ended")

@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError, Future
 import pytest
 
 from stack_store.cache import CacheSnapshot, Lease, ResidentCache, Want, release_when_granted
-from stack_store.errors import CacheClosed, LoadFailed, MixTooLarge
+from stack_store.errors import CacheClosed, LoadFailed, MemoryExhausted, MixTooLarge
 from tests.fakes import ManualClock, ManualExecutor
 
 A, B, C, D = Want("a", 10), Want("b", 10), Want("c", 10), Want("d", 10)
@@ -253,6 +253,38 @@ def test_a_failed_load_is_not_tried_again_at_once() -> None:
     assert bench.asked_to_load == ["b"]
     bench.clock.advance(0.1)
     assert bench.leased(B).values[0].key == "b"
+
+
+def test_a_load_that_goes_on_failing_is_told_once_and_told_when_it_heals(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    bench = Bench()
+    for failing in ({"b"}, {"b"}, set[str](), {"b"}):
+        bench.failing = failing
+        future = bench.cache.lease([B])
+        bench.loads.run_all()
+        if future.exception(timeout=0) is None:
+            future.result(timeout=0).release()
+            bench.cache.retire("b")
+        bench.clock.advance(5.0)
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert told == [
+        ("ERROR", "domain load failed key=b"),
+        ("INFO", "domain load healed key=b"),
+        ("ERROR", "domain load failed key=b"),
+    ]
+    assert [heard for heard in bench.notes.heard if heard[0] == "failed"] == [("failed", "b", "b is broken")] * 3
+
+
+def test_a_load_without_memory_says_that() -> None:
+    def load(key: str) -> Value:
+        raise MemoryError("no memory for 10 bytes")
+
+    loads = ManualExecutor()
+    cache = ResidentCache(budget_bytes=10, load=load, executor=loads)
+    future = cache.lease([A])
+    loads.run_all()
+    with pytest.raises(MemoryExhausted, match="a could not be loaded: there is no memory for it"):
+        future.result(timeout=0)
 
 
 def test_a_failed_load_fails_those_who_wait_for_room_for_it() -> None:
