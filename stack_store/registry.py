@@ -86,6 +86,7 @@ class StackRegistry:
         self._headers: dict[str, StackHeader] = {}
         self._share = FolderShare(path / "domains", when_alone=self._remove_leftovers)
         self._manifest = read_manifest(path / MANIFEST)
+        self._seen: tuple[int, int, int] | None = None  # the file that look_again read last
         self._names: tuple[Manifest | None, Mapping[str, DomainEntry]] = None, {}
 
     @classmethod
@@ -143,9 +144,14 @@ class StackRegistry:
 
     def look_again(self) -> None:
         """`manifest` is as new as the disk's, which another process may have written. Raises as read_manifest does."""
+        stat = (self.path / MANIFEST).stat()
+        seen = stat.st_ino, stat.st_mtime_ns, stat.st_size
+        if seen == self._seen:  # every manifest is a new file, and to parse a long one takes a while
+            return
         manifest = read_manifest(self.path / MANIFEST)
         if manifest.generation > self._manifest.generation:  # never back, whoever else looked meanwhile
             self._manifest = manifest
+        self._seen = seen
 
     def domain(self, name: str) -> DomainEntry:
         """Raises DomainNotFound."""

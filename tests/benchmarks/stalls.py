@@ -1,9 +1,10 @@
 """Measures what others do to a running stream: time per token over HTTP, alone, beside loads and beside long prompts.
 
-    python -m tests.benchmarks.stalls [--tokens N] [--loads-per-second N]
+    python -m tests.benchmarks.stalls [--tokens N] [--rounds N] [--loads-per-second N]
 
 Starts a server with the demo store and room for two domains. A second client asks for one token again and again: of a
-domain that is resident, or of four in turn, so that each of its requests waits for a load.
+domain that is resident, or of four in turn, so that each of its requests waits for a load. The cases are taken in turn,
+round by round.
 """
 
 import argparse
@@ -13,8 +14,10 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,6 +32,7 @@ def main() -> None:
     """Starts the server, measures, prints."""
     parser = argparse.ArgumentParser(description="Time per token of a stream beside loads and prompts.")
     parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--loads-per-second", type=float, default=10.0)
     arguments = parser.parse_args()
     manifest = json.loads((DEMO_STORE / "manifest.json").read_text())
@@ -40,41 +44,43 @@ def main() -> None:
         with ServerProcess(
             store, Path(folder) / "log", store__device_budget_bytes=budget, engine__dtype="auto"
         ) as server:
-            result = measure(server, arguments.tokens, arguments.loads_per_second)
+            result = measure(server, arguments.tokens, arguments.rounds, arguments.loads_per_second)
     for name, values in result.items():
         figures = "  ".join(f"{figure} {values[figure]:6.1f} ms" for figure in ("mean", "median", "p99"))
         print(f"{name:26} {figures}  loads {values['loads']:.0f}")
     print(json.dumps(result))
 
 
-def measure(server: ServerProcess, tokens: int, loads_per_second: float) -> dict[str, dict[str, float]]:
+def measure(server: ServerProcess, tokens: int, rounds: int, loads_per_second: float) -> dict[str, dict[str, float]]:
     """Milliseconds per token of each case, by name."""
     model = server.model
-    result = {}
     for domain in (*OTHERS, "math"):
         token_gaps(server, f"{model}:{domain}", 8)  # warms up: the first load of a file hashes it
-    for mix in ("base", "math"):
-        result[f"{mix}, alone"] = summary(server, token_gaps(server, f"{model}:{mix}", tokens), 0.0)
-        for name, domains in {"beside hits": ("math",), "beside loads": OTHERS}.items():
-            before = loads_so_far(server)
-            with asking(server, domains, loads_per_second):
-                gaps = token_gaps(server, f"{model}:{mix}", tokens)
-            result[f"{mix}, {name}"] = summary(server, gaps, before)
-        with prompting(server):
-            gaps = token_gaps(server, f"{model}:{mix}", tokens)
-        result[f"{mix}, beside long prompts"] = summary(server, gaps, 0.0)
-    return result
+    beside: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "alone": nullcontext,
+        "beside hits": partial(asking, server, ("math",), loads_per_second),
+        "beside loads": partial(asking, server, OTHERS, loads_per_second),
+        "beside long prompts": partial(prompting, server),
+    }
+    gaps: dict[str, list[float]] = {}
+    loads: Counter[str] = Counter()
+    for _ in range(rounds):
+        for mix in ("base", "math"):
+            for case, others in beside.items():
+                before = loads_so_far(server)
+                with others():
+                    gaps.setdefault(f"{mix}, {case}", []).extend(token_gaps(server, f"{model}:{mix}", tokens))
+                loads[f"{mix}, {case}"] += int(loads_so_far(server) - before)
+    return {name: summary(values) | {"loads": loads[name]} for name, values in gaps.items()}
 
 
-def summary(server: ServerProcess, gaps: list[float], loads_before: float) -> dict[str, float]:
-    """Median and 99th percentile in milliseconds, and how many loads ran meanwhile."""
-    loads = loads_so_far(server) - loads_before if loads_before else 0.0
+def summary(gaps: list[float]) -> dict[str, float]:
+    """Mean, median and 99th percentile in milliseconds."""
     ordered = sorted(gaps)
     return {
         "mean": 1000 * statistics.mean(ordered),
         "median": 1000 * statistics.median(ordered),
         "p99": 1000 * ordered[int(0.99 * (len(ordered) - 1))],
-        "loads": loads,
     }
 
 
