@@ -50,7 +50,7 @@ class Tally:
     """What happened."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    waits: list[float] = field(default_factory=list)
+    waits: list[tuple[float, str]] = field(default_factory=list)  # seconds, and for which domain
     samples: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -87,12 +87,13 @@ class Soak:
     def _write_versions(self) -> None:
         """Three versions of each changing domain: first rounds of other domains under its name."""
         registry = StackRegistry.open(DEMO_STORE)
-        for domain in CHANGING:
+        for index, domain in enumerate(CHANGING):
             self._versions[domain] = []
             for number in range(3):
                 source = registry.domain(STABLE[number])
                 read = read_stack(registry.stack_path(source.stacks[0]))
-                header = replace(read.header, domain=domain, round=1, weights="bf16")
+                scale = read.header.scale * (0.5 + 0.25 * index)  # so that no domain answers as another does
+                header = replace(read.header, domain=domain, round=1, weights="bf16", scale=scale)
                 path = self._folder / "import" / f"{domain}-{number}.safetensors"
                 path.parent.mkdir(exist_ok=True)
                 write_stack(path, header, read.groups)
@@ -143,7 +144,7 @@ class Soak:
             if domain in CHANGING:
                 watched = self._now[domain]
             response = await self._ask(question, {} if domain == "base" else {domain: weight})
-            self.tally.waits.append(time.monotonic() - began)
+            self.tally.waits.append((time.monotonic() - began, domain))
             self._judge(domain, question, weight, possible | watched, response)
 
     def _judge(self, domain: str, question: str, weight: float, versions: set[int], response: httpx.Response) -> None:
@@ -285,8 +286,8 @@ class Soak:
         return {
             "seconds": self._seconds,
             "counts": dict(self.tally.counts),
-            "longest_wait_seconds": max(self.tally.waits),
-            "median_wait_seconds": statistics.median(self.tally.waits),
+            "longest_waits": sorted(self.tally.waits, reverse=True)[:5],
+            "median_wait_seconds": statistics.median(seconds for seconds, _ in self.tally.waits),
             "resident_set_bytes": {"second third": memory[0], "last third": memory[1], "ratio": memory[1] / memory[0]},
             "threads": [samples[0]["threads"], samples[-1]["threads"]],
             "files": [samples[0]["files"], samples[-1]["files"]],
@@ -315,7 +316,7 @@ def run_soak(folder: Path, *, seconds: float, seed: int, log: Callable[[str], No
     (folder / "import").mkdir()
     settings = {
         "engine__dtype": "auto",
-        "store__device_budget_bytes": 110 << 20,
+        "store__device_budget_bytes": 48 << 20,
         "store__import_root": folder / "import",
         "store__verify_interval_seconds": 1,
         "engine__max_batch_rows": 8,
