@@ -67,7 +67,7 @@ class Soak:
         self._references: dict[tuple[str, str, str, float], Answer] = {}
         self._versions: dict[str, list[Path]] = {}
         self._now: dict[str, set[int]] = {}  # of a changing domain, the versions that may answer at present
-        self._damaged: set[str] = set()
+        self._changing = {domain: asyncio.Lock() for domain in CHANGING}  # a domain is changed, or damaged
         self.tally = Tally()
 
     async def run(self) -> None:
@@ -192,20 +192,23 @@ class Soak:
         while time.monotonic() < ends:
             domain = self._draw.choice(CHANGING)
             act = self._draw.choice(("replace", "replace", "replace", "delete", "pin", "prefetch"))
-            if domain in self._damaged:
-                pass
-            elif act == "replace":
-                await self._register(domain, self._draw.randrange(3))
-            elif act == "delete" and self._now[domain]:
-                response = await self._http.delete(f"/admin/domains/{domain}", headers=self._admin)
-                assert response.status_code == 200, response.text
-                self._now[domain] = set()
-            elif self._now[domain]:
-                response = await self._http.post(f"/admin/domains/{domain}/{act}", headers=self._admin)
-                assert response.status_code in (200, 400), response.text
-                await self._http.post(f"/admin/domains/{domain}/unpin", headers=self._admin)
-            self.tally.counts[act] += 1
+            if not self._changing[domain].locked():
+                async with self._changing[domain]:
+                    await self._change_one(domain, act)
+                self.tally.counts[act] += 1
             await asyncio.sleep(self._draw.uniform(0.1, 1.0))
+
+    async def _change_one(self, domain: str, act: str) -> None:
+        if act == "replace":
+            await self._register(domain, self._draw.randrange(3))
+        elif act == "delete" and self._now[domain]:
+            response = await self._http.delete(f"/admin/domains/{domain}", headers=self._admin)
+            assert response.status_code == 200, response.text
+            self._now[domain] = set()
+        elif self._now[domain]:
+            response = await self._http.post(f"/admin/domains/{domain}/{act}", headers=self._admin)
+            assert response.status_code in (200, 400), response.text
+            await self._http.post(f"/admin/domains/{domain}/unpin", headers=self._admin)
 
     async def _register(self, domain: str, number: int) -> None:
         path = self._versions[domain][number]
@@ -220,14 +223,11 @@ class Soak:
         while time.monotonic() < ends:
             await asyncio.sleep(self._draw.uniform(5, 15))
             domain = self._draw.choice(CHANGING)
-            if not self._now[domain] or time.monotonic() > ends - 20:
-                continue
-            self._damaged.add(domain)
-            files = sorted((self._server.store / "domains" / domain).glob("*.safetensors"))
-            for file in files:
-                await self._break_and_mend(file)
-            self._damaged.discard(domain)
-            self.tally.counts["faults"] += 1
+            async with self._changing[domain]:
+                if self._now[domain] and time.monotonic() < ends - 20:
+                    shown = (await self._http.get(f"/admin/domains/{domain}", headers=self._admin)).json()
+                    await self._break_and_mend(self._server.store / shown["stacks"][0]["file"])
+                    self.tally.counts["faults"] += 1
 
     async def _break_and_mend(self, file: Path) -> None:
         good = file.read_bytes()
