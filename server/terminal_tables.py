@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
@@ -22,21 +23,25 @@ def route_table(answer: Json) -> Table:
 
 def domains_table(answer: Json) -> Table:
     """Every registered domain, where it is, and what the router and the last checks of its files say of it."""
-    table = Table("domain", "version", "rounds", "on disk", "resident", "state", "leases", "pinned", "router", "files")
+    table = Table("domain", "rounds", "on disk", "in memory", "state", "router", "files", box=SIMPLE)
     for domain in answer["domains"]:
         table.add_row(
             escape(domain["name"]),
-            domain["version"],
             str(len(domain["stacks"])),
             decimal(domain["bytes"]),
             "" if domain["resident_bytes"] is None else decimal(domain["resident_bytes"]),
-            domain["state"],
-            str(domain["leases"]),
-            "yes" if domain["pinned"] else "",
+            _state(domain),
             domain["router"] or "",
             _files(domain),
         )
     return table
+
+
+def _state(entry: Json) -> str:
+    """`resident, pinned, 2 leases`."""
+    pinned = ["pinned"] if entry["pinned"] else []
+    leases = [f"{entry['leases']} leases"] if entry["leases"] else []
+    return ", ".join([entry["state"], *pinned, *leases])
 
 
 def _files(domain: Json) -> str:
@@ -69,9 +74,8 @@ def _tier_table(name: str, tier: Json) -> Table:
     resident, budget = decimal(tier["resident_bytes"]), decimal(tier["budget_bytes"])
     leased, pinned = decimal(tier["leased_bytes"]), decimal(tier["pinned_bytes"])
     title = f"{name}: {resident} of {budget}, leased {leased}, pinned {pinned}, {tier['waiting']} waiting"
-    table = Table("domain", "version", "bytes", "state", "leases", "pinned", title=title)
+    table = Table("domain", "version", "bytes", "state", title=title, box=SIMPLE)
     for entry in sorted(tier["entries"], key=lambda entry: -float(entry["last_used"])):
         domain, _, version = entry["key"].partition("@")
-        pinned = "yes" if entry["pinned"] else ""
-        table.add_row(escape(domain), version, decimal(entry["bytes"]), entry["state"], str(entry["leases"]), pinned)
+        table.add_row(escape(domain), version, decimal(entry["bytes"]), _state(entry))
     return table

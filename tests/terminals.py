@@ -37,9 +37,9 @@ class Terminal:
         os.write(self._keyboard, text.encode())
 
     def wait_for(self, text: str, *, behind: str = "") -> None:
-        """Until the text is shown, behind the last place where the other is."""
+        """Until the text is shown, behind where the other is first."""
         ends = time.monotonic() + WAIT_SECONDS
-        while text not in self.shown[self.shown.rfind(behind) + len(behind) :] or behind not in self.shown:
+        while text not in self.shown.partition(behind)[2] if behind else text not in self.shown:
             left = ends - time.monotonic()
             assert left > 0, f"never shown: {text!r} in {self.shown!r}"
             self._read(left)
