@@ -15,7 +15,9 @@ from stack_store.format import Geometry, StackHeader, resident_bytes, stored_byt
 
 MIB = 2**20
 GIB = 2**30
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, a byte a block of 64, a float32 for 256 of those (double quantisation)
+NF4_BYTES = (
+    0.5 + 1 / 64 + 4 / (64 * 256)
+)  # 4 bits, a byte a block of 64, a float32 for 256 of those (double quantisation)
 ROOMS_GIB = (1, 4, 16)
 
 

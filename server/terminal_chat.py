@@ -149,7 +149,7 @@ class Chat:
             self._say(" ".join(self._domains()) or "the server has no domains")
 
     def _domains(self) -> list[str]:
-        routed, base, *domains = self._client.models()
+        routed, _, *domains = self._client.models()
         return [name.removeprefix(f"{routed}:") for name in domains]
 
     def _forget(self, _: str) -> None:

@@ -1,4 +1,4 @@
-"""A command in a terminal of its own, as a person has it: Ctrl-C is a signal, and the command knows that it is watched."""
+"""A command in a terminal of its own, as a person has it: Ctrl-C is a signal, and the command knows it is watched."""
 
 import os
 import pty

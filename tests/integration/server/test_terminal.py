@@ -44,14 +44,26 @@ def test_chat_forces_a_mix(server: LiveServer) -> None:
 
 
 def test_commands_of_the_chat_change_the_mix(server: LiveServer) -> None:
-    lines = ["/mix code=0.5 math=0.25", "one", "/base", "two", "/mix auto", "math=0.9", "//three", "/mix", "/quit", "no"]
+    lines = [
+        "/mix code=0.5 math=0.25",
+        "one",
+        "/base",
+        "two",
+        "/mix auto",
+        "math=0.9",
+        "//three",
+        "/mix",
+        "/quit",
+        "no",
+    ]
     result = run(server, "chat", "--max-tokens", "20", text="\n".join(lines))
     mixes = [{domain.name: weight for domain, weight in request.mix} for request in server.engine.submitted]
     assert mixes == [{"code": 0.5, "math": 0.25}, {}, {"math": 0.9, "chat": 0.2}, {"chat": 0.2}]
     said = ["answers come from code=0.50 math=0.25", "answers come from the base alone", "the router decides"]
     assert [line for line in result.stdout.splitlines() if line in said] == [*said, said[-1]]
     last = server.service.reader.decode(server.engine.submitted[-1].prompt_ids)
-    assert last.startswith("<|user|>one\n") and "<|user|>/three\n" in last
+    assert last.startswith("<|user|>one\n")
+    assert "<|user|>/three\n" in last
 
 
 def test_new_conversation_forgets(server: LiveServer) -> None:
@@ -103,13 +115,15 @@ def test_ctrl_c_stops_the_answer_but_not_the_chat(server: LiveServer) -> None:
 
 
 def test_refusal_leaves_a_person_in_the_chat(tmp_path: Path) -> None:
-    with run_live_server(tmp_path, settings={"server": {"api_keys": ["secret"]}}) as server:
-        with Terminal(sys.executable, "-m", "server.cli", "chat", "--url", server.url) as terminal:
-            terminal.wait_for("you ")
-            terminal.type("hello\n")
-            terminal.wait_for("API key is missing")
-            terminal.type("\x04")
-            assert terminal.status() == 0
+    with (
+        run_live_server(tmp_path, settings={"server": {"api_keys": ["secret"]}}) as server,
+        Terminal(sys.executable, "-m", "server.cli", "chat", "--url", server.url) as terminal,
+    ):
+        terminal.wait_for("you ")
+        terminal.type("hello\n")
+        terminal.wait_for("API key is missing")
+        terminal.type("\x04")
+        assert terminal.status() == 0
 
 
 def test_route_shows_scores_and_weights(server: LiveServer) -> None:
