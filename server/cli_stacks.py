@@ -133,7 +133,9 @@ def _tell(kind: str, file: str, said: str) -> None:
 @stacks_app.command("push")
 def push_stacks(
     name: str,
-    files: Annotated[list[Path], typer.Argument(help="The domain's stack files, round 1 first.", exists=True)],
+    files: Annotated[
+        list[Path], typer.Argument(help="The domain's stack files, round 1 first; or a store that has it.", exists=True)
+    ],
     url: UrlOption = None,
     admin_key: AdminKeyOption = None,
     config: ConfigOption = None,
@@ -141,22 +143,58 @@ def push_stacks(
 ) -> None:
     """Upload stack files and register them as a domain."""
     with told_plainly(), open_client(url, config, admin_key=admin_key) as client:
-        stacks = [{"sha256": digest} for digest in _upload(client, files)]
+        stacks = [{"sha256": digest} for digest in _upload(client, _stack_files(name, files))]
         answer = client.register(name, stacks, dry_run=dry_run)
     print_json(answer)
 
 
 @stacks_app.command("push-router")
 def push_router(
-    file: Annotated[Path, typer.Argument(help="The router file.", exists=True, dir_okay=False)],
+    file: Annotated[Path, typer.Argument(help="The router file; or a store that has one.", exists=True)],
     url: UrlOption = None,
     admin_key: AdminKeyOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Upload a router file and make it the live router."""
     with told_plainly(), open_client(url, config, admin_key=admin_key) as client:
-        answer = client.set_router({"sha256": _upload(client, [file])[0]})
+        answer = client.set_router({"sha256": _upload(client, [_router_file(file)])[0]})
     print_json(answer)
+
+
+def _stack_files(name: str, files: list[Path]) -> list[Path]:
+    """The rounds of a domain in a store, or the files that were named. StoreError."""
+    if len(files) != 1 or not files[0].is_dir():
+        return files
+    from stack_store.errors import DomainNotFound
+
+    (store,) = files
+    for domain in _manifest(store).domains:
+        if domain.name == name:
+            return [store / stack.file for stack in domain.stacks]
+    raise DomainNotFound(f"store {store} has no domain {name!r}")
+
+
+def _router_file(path: Path) -> Path:
+    """The router of a store, or the file that was named. StoreError."""
+    if not path.is_dir():
+        return path
+    from stack_store.errors import StoreNotFound
+
+    router = _manifest(path).router
+    if router is None:
+        raise StoreNotFound(f"store {path} has no router")
+    return path / router.file
+
+
+def _manifest(store: Path) -> Any:
+    """A Manifest: not named as a type, because its module is imported only here."""
+    from stack_store.errors import StoreNotFound
+    from stack_store.manifest import read_manifest
+
+    try:
+        return read_manifest(store / "manifest.json")
+    except FileNotFoundError as error:
+        raise StoreNotFound(f"{store} is not a store: it has no manifest.json") from error
 
 
 def _upload(client: Any, files: Iterable[Path]) -> list[str]:
