@@ -49,7 +49,7 @@ def test_examples_in_a_shell_call_every_endpoint(server: ServerProcess, tmp_path
     assert all(statuses <= {200, 201} for statuses in calls.values()), calls
     assert json.loads(shown[1])["brainstacks"]["mix"] == {"medical": 0.9, "chat": 0.2}
     assert shown[2].strip().endswith("data: [DONE]")
-    assert any("Seven boxes" in text for text in shown)
+    assert any('{"prompt":"Seven boxes"}' in text for text in shown)
     assert any("x-ratelimit-remaining-requests" in text for text in shown)
 
 
