@@ -21,18 +21,18 @@ class Page:
         self._name = name
         self._blocks = BLOCK.findall(shown)
 
-    def run_bash(self, folder: Path, variables: Mapping[str, str] | None = None) -> list[str]:
+    def run_bash(self, folder: Path) -> list[str]:
         """What each of the page's shell examples prints, each run in the checkout; one that fails raises.
 
         A refusal makes curl fail. `folder` is for curl's settings.
         """
         (folder / ".curlrc").write_text("fail-with-body\n")
-        environ = {**os.environ, **(variables or {}), "CURL_HOME": str(folder)}
+        environ = {**os.environ, "CURL_HOME": str(folder)}
         return [_run(code, environ) for kind, code in self._blocks if kind == "bash"]
 
-    def run_python(self, names: Mapping[str, object] | None = None) -> dict[str, Any]:
+    def run_python(self) -> dict[str, Any]:
         """Runs the page's Python examples as one program; the names that it has at its end."""
-        known: dict[str, Any] = {"__name__": "documentation", **(names or {})}
+        known: dict[str, Any] = {"__name__": "documentation"}
         for kind, code in self._blocks:
             if kind == "python":
                 exec(compile(code, self._name, "exec"), known)

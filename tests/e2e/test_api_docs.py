@@ -41,9 +41,16 @@ def called(log: str) -> dict[tuple[str, str], set[int]]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the page exports them."""
+    monkeypatch.setenv("KEY", KEY)
+    monkeypatch.setenv("ADMIN_KEY", ADMIN_KEY)
+
+
 def test_examples_in_a_shell_call_every_endpoint(server: ServerProcess, tmp_path: Path) -> None:
     before = len(server.log_text)
-    shown = Page("api.md", server.url).run_bash(tmp_path, {"KEY": KEY, "ADMIN_KEY": ADMIN_KEY})
+    shown = Page("api.md", server.url).run_bash(tmp_path)
     calls = called(server.log_text[before:])
     assert endpoints(server) - calls.keys() == set()
     assert all(statuses <= {200, 201} for statuses in calls.values()), calls
@@ -55,7 +62,7 @@ def test_examples_in_a_shell_call_every_endpoint(server: ServerProcess, tmp_path
 
 def test_examples_in_python_call_every_endpoint(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
     before = len(server.log_text)
-    names = Page("api.md", server.url).run_python({"KEY": KEY, "ADMIN_KEY": ADMIN_KEY})
+    names = Page("api.md", server.url).run_python()
     for client in ("client", "http", "admin"):
         names[client].close()
     calls = called(server.log_text[before:])

@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 from server.cli import app
 from server.sizing import KNOWN, BaseShape, find_shape, known_shapes, shape_of, sizing_tables, stack_sizes
 from stack_store.format import PROJECTIONS, OpenStack, resident_bytes, stored_bytes
+from stack_store.manifest import read_manifest
 from tests.fakes import tiny_header, write_random_stack
 
+DEMO = Path(__file__).parents[3] / "demo" / "store"
 PAGE = Path(__file__).parents[3] / "docs" / "sizing.md"
 
 
@@ -38,6 +40,10 @@ def test_sizes_are_the_sum_over_projections(shape: BaseShape) -> None:
     sizes = stack_sizes(shape, experts=experts, rank=rank)
     assert sizes.bf16_file == sizes.resident == 2 * shape.num_layers * values
     assert 0.5 < sizes.int8_file / sizes.bf16_file < 0.53
+
+
+def test_known_shape_of_the_embedded_base_is_that_of_the_demo_store() -> None:
+    assert KNOWN[0].geometry == read_manifest(DEMO / "manifest.json").geometry
 
 
 def test_resident_bytes_do_not_depend_on_how_the_file_is_stored() -> None:
