@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,8 +35,8 @@ class ServerClient:
         """Whether there is a key to try."""
         return bool(self._admin)
 
-    def stream_chat(self, messages: Sequence[Mapping[str, str]], **fields: Any) -> Iterator[Json]:
-        """The chunks of a streamed answer."""
+    def stream_chat(self, messages: Sequence[Mapping[str, str]], **fields: Any) -> Generator[Json, None, None]:
+        """The chunks of a streamed answer; closing it breaks the answer off."""
         body = {"messages": list(messages), "stream": True, **fields}
         try:
             with self._http.stream("POST", "/v1/chat/completions", json=body, headers=self._api) as response:
