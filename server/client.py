@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,8 +30,13 @@ class ServerClient:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def stream_chat(self, messages: Sequence[Mapping[str, str]], **fields: Any) -> Iterator[Json]:
-        """The chunks of a streamed answer."""
+    @property
+    def is_admin(self) -> bool:
+        """Whether there is a key to try."""
+        return bool(self._admin)
+
+    def stream_chat(self, messages: Sequence[Mapping[str, str]], **fields: Any) -> Generator[Json, None, None]:
+        """The chunks of a streamed answer; closing it breaks the answer off."""
         body = {"messages": list(messages), "stream": True, **fields}
         try:
             with self._http.stream("POST", "/v1/chat/completions", json=body, headers=self._api) as response:
@@ -45,6 +50,10 @@ class ServerClient:
     def route(self, text: str) -> Json:
         """Scores and mix of a text."""
         return self._call("POST", "/v1/route", self._api, json={"prompt": text})
+
+    def models(self) -> list[str]:
+        """Every model that may be asked for; the first one routes."""
+        return [model["id"] for model in self._call("GET", "/v1/models", self._api)["data"]]
 
     def domains(self) -> Json:
         """Every registered domain."""
@@ -70,6 +79,22 @@ class ServerClient:
     def remove(self, name: str) -> Json:
         """Deletes a domain."""
         return self._call("DELETE", f"/admin/domains/{name}", self._admin)
+
+    def verify(self, name: str) -> Json:
+        """Has all bytes of a domain's files read again: of each its digest, and its fault if it has one."""
+        return self._call("POST", f"/admin/domains/{name}/verify", self._admin)
+
+    def change_residency(self, name: str, action: str, *, tier: str) -> Json:
+        """`pin`, `unpin` or `prefetch`."""
+        return self._call("POST", f"/admin/domains/{name}/{action}", self._admin, params={"tier": tier})
+
+    def cache(self) -> Json:
+        """What is resident, leased, pinned and loading."""
+        return self._call("GET", "/admin/cache", self._admin)
+
+    def set_router(self, source: Mapping[str, str]) -> Json:
+        """Makes a router file live: `sha256`, and `url` if it was not uploaded."""
+        return self._call("PUT", "/admin/router", self._admin, json=dict(source))
 
     def _call(self, method: str, path: str, headers: Mapping[str, str], **kwargs: Any) -> Json:
         try:

@@ -56,17 +56,21 @@ class _Section(BaseModel):
 class ServerSettings(_Section):
     """The HTTP side."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
+    host: str = Field(default="127.0.0.1", description="address to listen on; `0.0.0.0`: all")
+    port: int = Field(default=8000, ge=0, le=65535, description="to listen on; 0: any free one")
     api_keys: CommaSeparated = Field(default=[], repr=False, description="empty: no key is asked for")
     admin_key: str | None = Field(
         default=None, min_length=1, repr=False, description="without one the admin API is off"
     )
-    served_model_name: str | None = Field(default=None, description="default: the base's own id")
+    served_model_name: str | None = Field(
+        default=None, description="of the model that routes; default: the base's own id"
+    )
     max_queue: int = Field(default=256, ge=0, description="sequences that may wait beside the running ones")
     max_body_bytes: int = Field(default=8 * MIB, ge=1, description="of a JSON request")
     max_upload_bytes: int = Field(default=8192 * MIB, ge=1, description="of one uploaded stack or router file")
-    request_timeout_seconds: float = Field(default=600.0, gt=0)
+    request_timeout_seconds: float = Field(
+        default=600.0, gt=0, description="for a request's body, and for its answer once it was read"
+    )
     keep_alive_seconds: int = Field(
         default=75,
         ge=1,
@@ -133,13 +137,22 @@ class EngineSettings(_Section):
     """The base and how much of it runs at once."""
 
     base: str | None = Field(default=None, description="a folder or a hub id; default: the embedded base")
-    base_format: Literal["auto", "nf4", "nf4-dense", "dense"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
+    base_format: Literal["auto", "nf4", "nf4-dense", "dense"] = Field(
+        default="auto",
+        description="`nf4`: 4 bits; `nf4-dense`: the same values in `dtype`; `dense`: as published; "
+        "`auto`: `nf4` on CUDA, `nf4-dense` on a CPU",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="that is computed in; `auto`: bfloat16 where the hardware multiplies it, else float32",
+    )
+    device: str = Field(default="auto", description="`cpu`, `cuda`, `cuda:1`; `auto`: CUDA where there is one")
     threads: int | None = Field(default=None, ge=1, description="of the engine's products; default: chosen by cores")
-    max_batch_rows: int = Field(default=16, ge=1)
+    max_batch_rows: int = Field(default=16, ge=1, description="sequences that are computed together; others wait")
     max_model_len: int = Field(default=2048, ge=1, description="tokens of prompt and answer together")
-    kv_cache_tokens: int = Field(default=16384, ge=1)
+    kv_cache_tokens: int = Field(
+        default=16384, ge=1, description="of all sequences together whose keys and values are kept"
+    )
     prompt_tokens_beside_decode: int | None = Field(
         default=None,
         ge=1,
@@ -151,7 +164,10 @@ class EngineSettings(_Section):
 class StoreSettings(_Section):
     """Where stacks lie and how many of their bytes may be resident."""
 
-    path: Path = Field(default_factory=lambda: default_store_path())
+    path: Path = Field(
+        default_factory=lambda: default_store_path(),
+        description="folder of the store, made if it is missing; default: `store`, in a checkout beside `demo`",
+    )
     import_root: Path | None = Field(default=None, description="the only folder that admin calls may import files from")
     object_roots: CommaSeparated = Field(
         default=[], description="URLs under which admin calls may name objects; empty: none may be named"
@@ -159,7 +175,9 @@ class StoreSettings(_Section):
     object_options: dict[str, dict[str, Any]] = Field(
         default={}, repr=False, description="by scheme, what fsspec's driver takes; credentials it finds itself"
     )
-    device_budget_bytes: int | None = Field(default=None, ge=1, description="default: a quarter of available memory")
+    device_budget_bytes: int | None = Field(
+        default=None, ge=1, description="of domains that are resident; default: a quarter of available memory"
+    )
     host_budget_bytes: int | None = Field(
         default=None,
         ge=0,
@@ -191,7 +209,9 @@ class StoreSettings(_Section):
 class LogSettings(_Section):
     """What operators see."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="lines below it are left out; at `debug`, libraries may write texts of requests"
+    )
     format: Literal["text", "json"] = Field(default="text", description="json: one object a line")
 
 

@@ -29,7 +29,7 @@ def error_body(message: str, *, status: int, code: str, param: str | None = None
     """`{"error": {message, type, param, code}}`, the shape that the openai client unwraps."""
     # A client's own words may be quoted here, and half a surrogate pair in them cannot be sent back.
     message, param = _encodable(message), None if param is None else _encodable(param)
-    return {"error": {"message": message, "type": _type_of(status), "param": param, "code": code}}
+    return {"error": {"message": message, "type": type_of(status), "param": param, "code": code}}
 
 
 def _encodable(text: str) -> str:
@@ -110,7 +110,8 @@ def _field(location: Sequence[str | int]) -> str | None:
     return ".".join(parts) if named else None
 
 
-def _type_of(status: int) -> str:
+def type_of(status: int) -> str:
+    """OpenAI's word for a status."""
     if status == 401:
         return "authentication_error"
     if status == 403:

@@ -252,6 +252,11 @@ def resident_bytes(header: StackHeader, dtype: torch.dtype) -> int:
     return header.geometry.num_layers * values_per_layer * dtype.itemsize
 
 
+def stored_bytes(header: StackHeader) -> int:
+    """The bytes of all tensors in a stack file; its head, which names them, comes on top."""
+    return sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in _file_layout(header))
+
+
 def _paging_order(header: StackHeader) -> Iterator[tuple[int, str]]:
     return ((layer, group) for layer in range(header.geometry.num_layers) for group in INPUT_GROUPS)
 

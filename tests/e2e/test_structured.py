@@ -1,9 +1,7 @@
 """Structured answers and calls of tools with the real base, through the official client."""
 
 import json
-import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +11,11 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
+from tests.documentation import Page
 from tests.e2e.server_process import ServerProcess
 
 pytestmark = pytest.mark.e2e
 
-DOCUMENTATION = Path(__file__).parents[2] / "docs" / "structured_output.md"
 DEMO_STORE = Path(__file__).parents[2] / "demo" / "store"
 WEATHER = {
     "type": "object",
@@ -186,15 +184,13 @@ def test_refusals_are_the_clients_bad_requests(server: ServerProcess) -> None:
     assert caught.value.param == "response_format"
 
 
-def test_examples_of_the_documentation_run(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
-    text = DOCUMENTATION.read_text().replace("http://localhost:8000", server.url).replace("localhost:8000", server.url)
-    command = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)[0]
-    answered = json.loads(subprocess.run(["bash", "-c", command], check=True, capture_output=True, timeout=60).stdout)
+def test_examples_of_the_documentation_run(
+    server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Page("structured_output.md", server.url)
+    answered = json.loads(page.run_bash(tmp_path)[0])
     assert set(json.loads(answered["choices"][0]["message"]["content"])) == {"city", "country", "people"}
-    names: dict[str, Any] = {"__name__": "documentation"}
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(compile(block, DOCUMENTATION.name, "exec"), names)
-    names["client"].close()
+    page.run_python()["client"].close()
     shown = capsys.readouterr().out
     assert shown.startswith("city=")
     assert "get_weather {'city': " in shown

@@ -1,6 +1,8 @@
 """The commands that talk to a running server."""
 
+import hashlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from typer.testing import CliRunner, Result
 from server.cli import app
 from tests.fakes import tiny_header, write_random_stack
 from tests.integration.server.conftest import ADMIN_KEY
-from tests.servers import ANSWER, LiveServer, run_live_server
+from tests.servers import ANSWER, LiveServer, ScriptedRouter, make_store, run_live_server, wait_until
+from tests.terminals import Terminal
 
 runner = CliRunner()
 
@@ -41,6 +44,89 @@ def test_chat_forces_a_mix(server: LiveServer) -> None:
     assert {domain.name: weight for domain, weight in server.engine.submitted[0].mix} == {"code": 0.5, "math": 0.25}
 
 
+def test_commands_of_the_chat_change_the_mix(server: LiveServer) -> None:
+    lines = [
+        "/mix code=0.5 math=0.25",
+        "one",
+        "/base",
+        "two",
+        "/mix auto",
+        "math=0.9",
+        "//three",
+        "/mix",
+        "/quit",
+        "no",
+    ]
+    result = run(server, "chat", "--max-tokens", "20", text="\n".join(lines))
+    mixes = [{domain.name: weight for domain, weight in request.mix} for request in server.engine.submitted]
+    assert mixes == [{"code": 0.5, "math": 0.25}, {}, {"math": 0.9, "chat": 0.2}, {"chat": 0.2}]
+    said = ["answers come from code=0.50 math=0.25", "answers come from the base alone", "the router decides"]
+    assert [line for line in result.stdout.splitlines() if line in said] == [*said, said[-1]]
+    last = server.service.reader.decode(server.engine.submitted[-1].prompt_ids)
+    assert last.startswith("<|user|>one\n")
+    assert "<|user|>/three\n" in last
+
+
+def test_new_conversation_forgets(server: LiveServer) -> None:
+    run(server, "chat", text="one\n/new\ntwo\n")
+    assert "one" not in server.service.reader.decode(server.engine.submitted[1].prompt_ids)
+
+
+def test_what_is_wrong_with_a_command_is_named_and_asks_nothing(server: LiveServer) -> None:
+    lines = ["/mxi auto", "/mix law=1", "/mix math:1", "/mix math=2", "/route", "/help"]
+    shown = " ".join(run(server, "chat", text="\n".join(lines)).stdout.split())
+    assert "there is no command /mxi; /help lists them" in shown
+    assert "the server has no domain law; it has chat, code, math" in shown
+    assert "a mix is DOMAIN=WEIGHT, got 'math:1'" in shown
+    assert "a weight from 0 to 1, got 'math=2'" in shown
+    assert "which text? /route TEXT" in shown
+    assert "/quit end; so does Ctrl-D" in shown
+    assert not server.engine.submitted
+
+
+def test_chat_shows_routes_and_stacks(keyed: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = run(keyed, "chat", text="/route math=0.9\n/stacks\n").stdout
+    assert "0.900" in shown
+    assert "absent" in shown
+    monkeypatch.delenv("BRAINSTACKS_SERVER__ADMIN_KEY")
+    assert run(keyed, "chat", text="/stacks\n").stdout == "chat code math\n"
+
+
+def test_ctrl_c_stops_the_answer_but_not_the_chat(server: LiveServer) -> None:
+    server.engine.may_decode.clear()
+    with Terminal(sys.executable, "-m", "server.cli", "chat", "--url", server.url) as terminal:
+        terminal.wait_for("you ")
+        terminal.type("hello\n")
+        terminal.wait_for(ANSWER[0], behind="hello")
+        terminal.type("\x03")
+        terminal.wait_for("stopped")
+        wait_until(lambda: bool(server.engine.cancelled), what="the answer was cancelled")
+        server.engine.may_decode.set()
+        terminal.wait_for("you ", behind="stopped")
+        terminal.type("\x03")  # at the prompt
+        terminal.wait_for("/quit or Ctrl-D ends")
+        terminal.type("/mix law=1\n")
+        terminal.wait_for("has no domain law")
+        terminal.type("again\n")
+        terminal.wait_for("mix chat=0.20", behind="again")
+        terminal.type("/quit\n")
+        assert terminal.status() == 0
+    prompt = server.service.reader.decode(server.engine.submitted[-1].prompt_ids)
+    assert prompt == f"<|user|>hello\n<|assistant|>{ANSWER[0]}\n<|user|>again\n<|assistant|>"
+
+
+def test_refusal_leaves_a_person_in_the_chat(tmp_path: Path) -> None:
+    with (
+        run_live_server(tmp_path, settings={"server": {"api_keys": ["secret"]}}) as server,
+        Terminal(sys.executable, "-m", "server.cli", "chat", "--url", server.url) as terminal,
+    ):
+        terminal.wait_for("you ")
+        terminal.type("hello\n")
+        terminal.wait_for("API key is missing")
+        terminal.type("\x04")
+        assert terminal.status() == 0
+
+
 def test_route_shows_scores_and_weights(server: LiveServer) -> None:
     assert "0.900" in run(server, "route", "math=0.9").stdout
     answer = json.loads(run(server, "route", "math=0.9", "--json").stdout)
@@ -59,6 +145,50 @@ def test_stacks_are_pushed_listed_shown_and_removed(keyed: LiveServer, tmp_path:
     assert shown["version"] == keyed.registry.domain("law").version
     assert json.loads(run(keyed, "stacks", "remove", "law").stdout)["status"] == "deleted"
     assert "no domain 'law'" in run(keyed, "stacks", "show", "law", status=1).stderr
+
+
+def test_domain_and_router_of_a_store_are_pushed(keyed: LiveServer, tmp_path: Path) -> None:
+    other = make_store(tmp_path / "other", tmp_path / "sources", domains=("law", "tax"))
+    router = tmp_path / "sources" / "law.safetensors"  # any sound file; the stand-in loader looks up what it is
+    other.set_router(router)
+    keyed.routers[router.read_bytes()[-8:].hex()] = ScriptedRouter(("law",))
+    other.close()
+    assert json.loads(run(keyed, "stacks", "push", "tax", str(tmp_path / "other")).stdout)["name"] == "tax"
+    assert keyed.registry.domain("tax").version == other.domain("tax").version
+    assert "has no domain 'math'" in run(keyed, "stacks", "push", "math", str(tmp_path / "other"), status=1).stderr
+    assert "is not a store" in run(keyed, "stacks", "push", "math", str(tmp_path / "sources"), status=1).stderr
+    answer = json.loads(run(keyed, "stacks", "push-router", str(tmp_path / "other")).stdout)
+    assert answer["router"]["digest"] == hashlib.sha256(router.read_bytes()).hexdigest()
+
+
+def test_list_shows_what_the_router_knows(keyed: LiveServer) -> None:
+    keyed.router.stack_digests = {"math": tuple(stack.digest for stack in keyed.registry.domain("math").stacks)}
+    keyed.router.stack_digests["code"] = ("0" * 64,)
+    listed = run(keyed, "stacks", "list").stdout
+    rows = {line.split()[0]: line for line in listed.splitlines() if line.strip()}
+    for domain, known in (("math", "trained"), ("code", "stale"), ("chat", "unknown")):
+        assert known in rows[domain], listed
+
+
+def test_server_verifies_its_domains_and_names_a_damaged_file(keyed: LiveServer) -> None:
+    assert run(keyed, "stacks", "verify").stdout.count("good") == 3
+    stack = keyed.registry.domain("math").stacks[0]
+    path = keyed.registry.stack_path(stack)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    result = run(keyed, "stacks", "verify", status=1)
+    assert f"bad     {stack.file}: has the digest" in result.stdout
+    assert "1 damaged" in run(keyed, "stacks", "list").stdout
+    assert f"damaged {stack.file}" in " ".join(run(keyed, "stacks", "list").stdout.split())
+
+
+def test_domain_is_prefetched_pinned_shown_in_the_cache_and_unpinned(keyed: LiveServer) -> None:
+    assert json.loads(run(keyed, "stacks", "prefetch", "code").stdout)["state"] in ("loading", "resident")
+    assert json.loads(run(keyed, "stacks", "pin", "math").stdout)["pinned"] is True
+    assert "math" in run(keyed, "stacks", "cache").stdout
+    entries = json.loads(run(keyed, "stacks", "cache", "--json").stdout)["entries"]
+    assert {entry["key"].partition("@")[0]: entry["pinned"] for entry in entries} == {"code": False, "math": True}
+    assert json.loads(run(keyed, "stacks", "unpin", "math").stdout)["pinned"] is False
+    assert "no host tier" in run(keyed, "stacks", "pin", "math", "--tier", "host", status=1).stderr
 
 
 def test_wrong_key_is_said(server: LiveServer, tmp_path: Path) -> None:

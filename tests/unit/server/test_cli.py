@@ -1,13 +1,16 @@
 """The command line: quick help, clear errors, checks without a server."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from server.cli import app
+from server.cli_stacks import stacks_app
 from server.terminal_chat import describe_report
 from tests.fakes import tiny_header, write_random_stack
 
@@ -92,3 +95,13 @@ def test_object_without_digest_is_refused_before_anything_is_asked(text: str) ->
     assert result.exit_code == 2
     assert "an object is URL@SHA256" in result.stderr
     assert "SECRET" not in result.stderr
+
+
+def test_page_of_the_command_line_has_every_command() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "terminal.md").read_text()
+    assert [name for name in _commands(app) if f"brainstacks {name}" not in page] == []
+    assert [name for name in _commands(stacks_app) if not re.search(rf"^\|.*`{name}[` ]", page, re.MULTILINE)] == []
+
+
+def _commands(group: typer.Typer) -> list[str]:
+    return [command.name or command.callback.__name__ for command in group.registered_commands if command.callback]

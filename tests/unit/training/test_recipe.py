@@ -1,5 +1,7 @@
 """A recipe is read whole or refused by name."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,12 @@ def test_the_demo_recipe_is_valid() -> None:
     recipe = read_recipe(Path(__file__).parents[3] / "demo" / "recipe.toml")
     assert [d.name for d in recipe.settings.domains] == ["chat", "code", "math", "medical", "reasoning"]
     assert all((recipe.folder / name).is_file() for d in recipe.settings.domains for name in d.files)
+
+
+def test_the_recipes_of_the_page_are_valid(tmp_path: Path) -> None:
+    root = Path(__file__).parents[3]
+    recipes = re.findall(r"```toml\n(.*?)```", (root / "docs" / "training.md").read_text(), re.DOTALL)
+    shutil.copytree(root / "demo" / "data", tmp_path / "data")
+    (tmp_path / "data" / "law.jsonl").write_text('{"instruction": "What is law?", "output": "Rules."}\n')
+    domains = [[d.name for d in read_recipe(written(tmp_path, recipe)).settings.domains] for recipe in recipes]
+    assert domains == [["law"], ["chat", "code", "math", "medical", "reasoning", "law"]]
