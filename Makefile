@@ -32,6 +32,7 @@ bench: $(DEV_INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.decode $(ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.roofline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.stalls
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.store
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.first_token
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.discovery
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.training_step

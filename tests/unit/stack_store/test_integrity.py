@@ -73,10 +73,10 @@ def test_good_and_damaged_files_are_told_apart(tmp_path: Path) -> None:
     assert notes.heard == [(len(good), is_good) for is_good in (True, False, False, True)]
 
 
-def test_a_damaged_file_is_hashed_again_at_its_next_load(tmp_path: Path) -> None:
+def test_a_damaged_file_is_hashed_again_at_its_next_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = make_store(tmp_path / "store", tmp_path / "import")
     forgotten: list[str] = []
-    registry.files.forget = forgotten.append  # type: ignore[method-assign]
+    monkeypatch.setattr(registry.files, "forget", forgotten.append)
     entry = registry.domain("math")
     path = registry.stack_path(entry.stacks[0])
     path.write_bytes(path.read_bytes()[:-8] + b"\0" * 8)
