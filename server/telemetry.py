@@ -6,7 +6,7 @@ A span has names, numbers and the mix, never a text: an error is told by its cla
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from urllib.parse import urlsplit, urlunsplit
 
@@ -32,7 +32,16 @@ NANOSECONDS = 1_000_000_000
 class OtelTracer:
     """Sends its spans to one processor."""
 
-    def __init__(self, processor: SpanProcessor, *, sample_ratio: float = 1.0, version: str = "") -> None:
+    def __init__(
+        self,
+        processor: SpanProcessor,
+        *,
+        sample_ratio: float = 1.0,
+        version: str = "",
+        give_up: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`give_up` ends what the processor is trying to send."""
+        self._give_up = give_up
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": "brainstacks", "service.version": version}),
             sampler=ParentBased(TraceIdRatioBased(sample_ratio)),
@@ -55,6 +64,7 @@ class OtelTracer:
         thread.join(CLOSE_SECONDS)
         if thread.is_alive():
             logger.warning("traces not sent seconds=%.1f reason='the collector does not answer'", CLOSE_SECONDS)
+            self._give_up()
 
 
 class OtelRequestTrace:
@@ -104,7 +114,8 @@ class OtelRequestTrace:
 def otlp_tracer(endpoint: str, sample_ratio: float, *, version: str) -> OtelTracer:
     """Sends batches to a collector from a thread of its own; what the collector does not take is dropped, not kept."""
     exporter = OTLPSpanExporter(endpoint=_traces_url(endpoint))
-    return OtelTracer(BatchSpanProcessor(exporter), sample_ratio=sample_ratio, version=version)
+    processor = BatchSpanProcessor(exporter)
+    return OtelTracer(processor, sample_ratio=sample_ratio, version=version, give_up=exporter.shutdown)
 
 
 def _traces_url(endpoint: str) -> str:

@@ -4,6 +4,7 @@ import logging
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -177,9 +178,15 @@ def test_endpoint_may_be_the_collector_or_its_place_for_traces(endpoint: str, ur
     assert _traces_url(endpoint) == url
 
 
+def exporting() -> list[str]:
+    """The threads that send spans, or wait for those that do."""
+    return [thread.name for thread in threading.enumerate() if "Otel" in thread.name or "traces" in thread.name]
+
+
 def test_collector_that_is_not_there_harms_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "opentelemetry")
     with run_live_server(tmp_path, settings={"telemetry": {"otlp_endpoint": "http://127.0.0.1:9"}}) as server:
         assert server.chat().status_code == 200
         began = time.monotonic()
     assert time.monotonic() - began < 2 * CLOSE_SECONDS
+    wait_until(lambda: not exporting(), what="nothing is tried any more")
