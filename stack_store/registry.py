@@ -261,7 +261,7 @@ class StackRegistry:
             for stack in entry.stacks:
                 self._headers.pop(stack.digest, None)
                 self.files.forget(stack.digest)
-            _remove_if_empty(self.path / "domains" / entry.name)
+            self._remove_if_unused(self.path / "domains" / entry.name)
             return num_bytes
 
     def set_router(self, source: Source, *, expected_generation: int | None = None) -> Manifest:
@@ -297,7 +297,12 @@ class StackRegistry:
     def _remove_unnamed(self, file: str) -> None:
         if file not in _named_files(self._manifest):
             (self.path / file).unlink(missing_ok=True)
-            _remove_if_empty((self.path / file).parent)
+            self._remove_if_unused((self.path / file).parent)
+
+    def _remove_if_unused(self, folder: Path) -> None:
+        """The folder of a domain that is registered stays, though its files be gone: whoever puts them back needs it."""
+        if folder.parent.name == "domains" and _find_domain(self._manifest, folder.name) is None:
+            _remove_if_empty(folder)
 
     def _publish(self, changed: Manifest) -> None:
         """Last step of every write: until here, the store is the old one."""

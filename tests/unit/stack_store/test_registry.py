@@ -26,6 +26,7 @@ from stack_store.format import read_stack, resident_bytes
 from stack_store.manifest import DomainEntry
 from stack_store.registry import StackRegistry
 from tests.fakes import tiny_geometry, tiny_header, write_random_stack
+from tests.servers import make_store
 from tests.unit.stack_store.listing import list_store
 
 
@@ -401,3 +402,17 @@ def test_only_a_folder_that_holds_nothing_of_its_own_may_become_a_store(tmp_path
     (path / "domains" / "notes.txt").unlink()
     (path / "notes.txt").write_text("mine")
     assert not StackRegistry.is_unborn(path)
+
+
+def test_the_folder_of_a_registered_domain_stays_though_its_file_is_gone(tmp_path: Path) -> None:
+    """So that whoever puts the file back finds a place for it."""
+    registry = make_store(tmp_path / "store", tmp_path / "import")
+    old = registry.domain("math")
+    write_random_stack(tmp_path / "new.safetensors", tiny_header(), seed=9)
+    entry = registry.register_domain("math", [tmp_path / "new.safetensors"]).entry
+    path = registry.stack_path(entry.stacks[0])
+    path.unlink()
+    registry.unlink_version(old)
+    path.write_bytes((tmp_path / "new.safetensors").read_bytes())
+    registry.unlink_version(registry.remove_domain("math").entry)
+    assert not path.parent.exists()
