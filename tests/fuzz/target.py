@@ -1,0 +1,60 @@
+"""Runs the whole server on a tiny base for fuzzing. Knows its keys, its store and the files that may be imported."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from engine.model.base import load_base
+from server.compose import compose_app_for
+from server.config import load_settings
+from tests.evaluation_stores import DOMAINS, make_evaluation_store
+from tests.servers import serve_app
+from tests.tiny_bases import make_llama
+
+API_KEY, ADMIN_KEY = "user", "boss"
+SERVED = "tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A running server."""
+
+    url: str
+    document: dict[str, Any]
+    digests: tuple[str, ...]  # of the stacks that are registered
+
+    def client(self) -> httpx.Client:
+        """Without a key."""
+        return httpx.Client(base_url=self.url, timeout=60)
+
+
+@contextmanager
+def fuzzed_server(folder: Path) -> Iterator[Target]:
+    """Three domains, a router, keys on both doors, and the domains' files to import again."""
+    base_folder = make_llama(folder / "base", max_position_embeddings=2048)
+    base = load_base(str(base_folder), base_format="dense", dtype="float32", device="cpu")
+    store = make_evaluation_store(folder / "files", base)
+    manifest = json.loads((store / "manifest.json").read_text())
+    settings = load_settings(
+        flags={
+            "server": {
+                "api_keys": [API_KEY],
+                "admin_key": ADMIN_KEY,
+                "served_model_name": SERVED,
+                "request_timeout_seconds": 20,
+            },
+            "engine": {"max_model_len": 1536, "kv_cache_tokens": 4096, "max_batch_rows": 4},
+            "store": {"path": store, "import_root": folder / "files", "device_budget_bytes": 10**7},
+        }
+    )
+    with serve_app(compose_app_for(base, settings)) as url:
+        document = httpx.get(f"{url}/openapi.json").json()
+        yield Target(url, document, tuple(d["stacks"][0]["digest"] for d in manifest["domains"]))
+
+
+__all__ = ["ADMIN_KEY", "API_KEY", "DOMAINS", "SERVED", "Target", "fuzzed_server"]
