@@ -1,6 +1,6 @@
 """Fuzzes for as long as it is told to: `python -m tests.fuzz --minutes 20 --seed 1`. Status 1 if anything was found.
 
-The first third goes to every phase of schemathesis in order, the rest to random cases and mutations in turn.
+The first third goes to the document's bounds, the rest to mutations and random cases in turn.
 """
 
 import argparse
@@ -43,12 +43,14 @@ def main() -> int:
         found.update(dict.fromkeys(findings))
 
     with tempfile.TemporaryDirectory() as folder, fuzzed_server(Path(folder)) as target:
-        keep("phases", run_generated(target, seed=given.seed, seconds=int(20 * given.minutes), examples=100))
+        seconds = int(20 * given.minutes)
+        keep("bounds", run_generated(target, seed=given.seed, seconds=seconds, examples=50, covers_bounds=True))
         seed = given.seed
-        while (left := ends - time.monotonic()) > 1:
-            seconds = int(min(ROUND_SECONDS, left / 2)) or 1
+        while (left := ends - time.monotonic()) > 2:
+            seconds = int(min(ROUND_SECONDS, left / 2))
             keep("mutated", run_mutated(target, seed=seed, cases=10**9, seconds=seconds))
-            keep("generated", run_generated(target, seed=seed, seconds=seconds))
+            target.restore()
+            keep("generated", run_generated(target, seed=seed, seconds=seconds, examples=100))
             seed += 1
     print(f"{num_cases} cases, {len(found)} findings in {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
     return 1 if found else 0

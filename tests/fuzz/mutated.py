@@ -259,6 +259,7 @@ def run_mutated(target: Target, *, seed: int, cases: int, seconds: float) -> tup
             kind = f"{finding.call.method} {finding.call.template} {finding.fault.rpartition(': ')[2][:60]}"
             found.setdefault(kind, str(finding))
 
+    target.restore()
     keep(mutator.findings_of_valid())
     while num_cases < cases and time.monotonic() < ends:
         keep(mutator.findings_of_next())

@@ -12,12 +12,13 @@ import httpx
 from engine.model.base import load_base
 from server.compose import compose_app_for
 from server.config import load_settings
-from tests.evaluation_stores import DOMAINS, make_evaluation_store
+from tests.evaluation_stores import make_evaluation_store
 from tests.servers import serve_app
 from tests.tiny_bases import make_llama
 
 API_KEY, ADMIN_KEY = "user", "boss"
 SERVED = "tiny"
+ROUNDS = {"chat": 1, "math": 2, "reasoning": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,15 @@ class Target:
     def client(self) -> httpx.Client:
         """Without a key."""
         return httpx.Client(base_url=self.url, timeout=60)
+
+    def restore(self) -> None:
+        """All domains are registered, whatever became of them."""
+        with self.client() as http:
+            http.headers["authorization"] = f"Bearer {ADMIN_KEY}"
+            for domain, rounds in ROUNDS.items():
+                stacks = [{"path": f"{domain}-{number}.safetensors"} for number in range(1, rounds + 1)]
+                answer = http.put(f"/admin/domains/{domain}", json={"stacks": stacks})
+                assert answer.is_success, answer.text
 
 
 @contextmanager
@@ -55,6 +65,3 @@ def fuzzed_server(folder: Path) -> Iterator[Target]:
     with serve_app(compose_app_for(base, settings)) as url:
         document = httpx.get(f"{url}/openapi.json").json()
         yield Target(url, document, tuple(d["stacks"][0]["digest"] for d in manifest["domains"]))
-
-
-__all__ = ["ADMIN_KEY", "API_KEY", "DOMAINS", "SERVED", "Target", "fuzzed_server"]
