@@ -44,7 +44,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder, fuzzed_server(Path(folder)) as target:
         seconds = int(20 * given.minutes)
-        keep("bounds", run_generated(target, seed=given.seed, seconds=seconds, examples=50, covers_bounds=True))
+        keep("bounds", run_generated(target, seed=given.seed, seconds=seconds, examples=50, long=True))
         seed = given.seed
         while (left := ends - time.monotonic()) > 2:
             seconds = int(min(ROUND_SECONDS, left / 2))

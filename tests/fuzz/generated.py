@@ -13,14 +13,14 @@ UNSAYABLE = {"positive_data_acceptance": {"enabled": False}}
 
 
 def run_generated(
-    target: Target, *, seed: int, seconds: int, examples: int, covers_bounds: bool = False
+    target: Target, *, seed: int, examples: int, seconds: int | None = None, long: bool = False
 ) -> tuple[int, list[str]]:
-    """Cases sent, and findings: so many random ones a route, then what follows from answers, within the time.
+    """Cases sent, and findings: so many random cases a route; or, with a time, as many as it has room for.
 
-    `covers_bounds` first sends every bound that the document states, which are some thousands.
+    A long run first sends every bound that the document states, and at last makes sequences of calls out of answers.
     """
     logging.getLogger("urllib3").setLevel(logging.ERROR)
-    config = _config(target, seed, seconds, examples, covers_bounds=covers_bounds)
+    config = _config(target, seed, seconds, examples, long=long)
     stream = from_schema(schemathesis.openapi.from_dict(target.document, config=config)).execute()
     num_cases = 0
     findings: dict[str, str] = {}
@@ -42,18 +42,16 @@ def run_generated(
     return num_cases, list(findings.values())
 
 
-def _config(
-    target: Target, seed: int, seconds: int, examples: int, *, covers_bounds: bool
-) -> schemathesis.Config:
+def _config(target: Target, seed: int, seconds: int | None, examples: int, *, long: bool) -> schemathesis.Config:
     return schemathesis.Config.from_dict(
         {
             "seed": seed,
-            "max-time": seconds,
+            **({} if seconds is None else {"max-time": seconds}),
             "base-url": target.url,
             "request-timeout": 60,
             "continue-on-failure": True,
             "generation": {"database": "none", "no-shrink": True, "max-examples": examples},
-            "phases": {"coverage": {"enabled": covers_bounds}},
+            "phases": {"coverage": {"enabled": long}, "stateful": {"enabled": long}},
             "checks": UNSAYABLE,
             "auth": {"openapi": {"apiKey": {"bearer": API_KEY}, "adminKey": {"bearer": ADMIN_KEY}}},
         }
