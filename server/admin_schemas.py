@@ -10,7 +10,9 @@ from stack_store.manifest import DOMAIN_NAME
 MAX_URL_LENGTH = 2048
 
 Tier = Literal["device", "host"]
-DomainName = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{DOMAIN_NAME.pattern}$"})]  # not checked here
+DomainName = Annotated[
+    str, WithJsonSchema({"type": "string", "pattern": f"^{DOMAIN_NAME.pattern}$"})
+]  # not checked here
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

@@ -46,7 +46,9 @@ def _text_parts_only(value: object) -> object:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in (None, "text"):
             raise PydanticCustomError(
-                "unsupported", "content parts of type {kind} are not supported", {"kind": without_lone_surrogates(str(kind))}
+                "unsupported",
+                "content parts of type {kind} are not supported",
+                {"kind": without_lone_surrogates(str(kind))},
             )
     return value
 

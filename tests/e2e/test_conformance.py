@@ -336,7 +336,9 @@ def test_completions_continue_echo_and_count(client: OpenAI, model: str) -> None
     assert [each.index for each in several.choices] == [0, 1]
 
 
-def test_async_client_asks_and_streams_side_by_side_and_hangs_up(server: ServerProcess, client: OpenAI, model: str) -> None:
+def test_async_client_asks_and_streams_side_by_side_and_hangs_up(
+    server: ServerProcess, client: OpenAI, model: str
+) -> None:
     alone = ask(client, model).choices[0].message.content
 
     async def run() -> None:

@@ -42,14 +42,36 @@ NASTY: tuple[Json, ...] = (
     *(None, True, False, 0, -1, 1, 2, 128, 129, 2**31, 2**63, -(2**63) - 1, 10**400, 1e308, -0.0, 1e-320, 0.5),
     *(float("nan"), float("inf"), -float("inf")),
     *("", " ", "\x00", "\ud800", "\u202e\ufeff", "é" * 300, "a" * 9000, "🦊", "<|im_end|>", "{{7*7}}", "{% raw %}"),
-    *("null", "1", "__class__", "../../etc/passwd", "/etc/passwd", "math", "tiny:math", "tiny:base", "auto", "\n\r\x1b["),
+    *(
+        "null",
+        "1",
+        "__class__",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "math",
+        "tiny:math",
+        "tiny:base",
+        "auto",
+        "\n\r\x1b[",
+    ),
     *([], {}, [[]], [None], [0], [-1], [2**40], ["a", "a"], {"": None}, {"a": {"b": [1]}}, [USER], [{}]),
     *({"type": "object"}, {"$ref": "#"}, {"type": "string", "pattern": "(a+)+$"}, {"anyOf": []}, {"enum": []}),
     *({"type": "array", "minItems": 10**9, "items": {}}, {"type": "integer", "multipleOf": 0}, {"const": "\ud800"}),
     *({"type": "function", "function": {"name": "f"}}, {"mix": {"math": 1e-300}}, {"mode": "all"}, {"50256": 100}),
 )
 NAMES = (
-    *("model", "messages", "prompt", "max_tokens", "max_completion_tokens", "min_tokens", "n", "best_of", "seed", "stop"),
+    *(
+        "model",
+        "messages",
+        "prompt",
+        "max_tokens",
+        "max_completion_tokens",
+        "min_tokens",
+        "n",
+        "best_of",
+        "seed",
+        "stop",
+    ),
     *("temperature", "top_p", "top_k", "logprobs", "top_logprobs", "logit_bias", "echo", "stream", "stream_options"),
     *("response_format", "tools", "tool_choice", "parallel_tool_calls", "brainstacks", "ignore_eos", "suffix", "user"),
     *("presence_penalty", "repetition_penalty", "functions", "content", "tool_calls", "tool_call_id", "strict", "name"),
@@ -103,7 +125,15 @@ def valid_calls(digests: Sequence[str]) -> list[Call]:
     texts: list[Json] = [
         {"prompt": "hello world", "max_tokens": 3, "logprobs": 2, "echo": True},
         {"prompt": [[5, 6, 7], [8, 9]], "max_tokens": 0, "logprobs": 1, "echo": True, "model": f"{SERVED}:base"},
-        {"prompt": ["hello", "the dog"], "max_tokens": 3, "stream": True, "n": 2, "best_of": 2, "stop": "x", "seed": -5},
+        {
+            "prompt": ["hello", "the dog"],
+            "max_tokens": 3,
+            "stream": True,
+            "n": 2,
+            "best_of": 2,
+            "stop": "x",
+            "seed": -5,
+        },
         {"prompt": [5, 6, 7], "max_tokens": 2, "logit_bias": {"9": 100}, "add_special_tokens": False, "suffix": ""},
     ]
     stacks = [STACK, {"sha256": digests[0]}]
@@ -186,7 +216,14 @@ class Mutator:
         if not holders:
             return self._nasty()
         holder = self._draw.choice(holders)
-        acts: list[Callable[[Json], None]] = [self._replace, self._replace, self._replace, self._remove, self._add, self._wrap]
+        acts: list[Callable[[Json], None]] = [
+            self._replace,
+            self._replace,
+            self._replace,
+            self._remove,
+            self._add,
+            self._wrap,
+        ]
         self._draw.choice(acts)(holder)
         return body
 
@@ -233,7 +270,21 @@ class Mutator:
 
     def _spoil_path(self, call: Call) -> str:
         name = self._draw.choice(
-            ("%00", "%2e%2e", "a%2Fb", "%ff", "%ED%A0%80", "x" * 3000, "%20", "MATH", "math%0a", "0" * 64, "*", "é", "?")
+            (
+                "%00",
+                "%2e%2e",
+                "a%2Fb",
+                "%ff",
+                "%ED%A0%80",
+                "x" * 3000,
+                "%20",
+                "MATH",
+                "math%0a",
+                "0" * 64,
+                "*",
+                "é",
+                "?",
+            )
         )
         query = self._draw.choice(("", "?tier=disk", "?tier=device&tier=host", "?tier=%00", "?x=%ff"))
         head, _, _ = call.path.rpartition("/") if "{" in call.template else (call.path, "", "")
