@@ -150,10 +150,10 @@ def _error(status: int) -> Json:
 
 
 def _answer_schemas() -> Json:
-    models = {*ANSWERS.values(), *STREAMED.values(), answers.Error}
+    models: set[type[BaseModel]] = {*ANSWERS.values(), *STREAMED.values(), answers.Error}
     # As they are read, where a field with a default may be absent; as they are written, all would be required.
     pairs = [(model, "validation") for model in sorted(models, key=lambda model: model.__name__)]
-    _, definitions = models_json_schema(pairs, ref_template=REF)  # type: ignore[arg-type]
+    _, definitions = models_json_schema(pairs, ref_template=REF)
     schemas: Json = definitions["$defs"]
     return schemas
 

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from typing import Any
 
 import schemathesis
 from schemathesis.engine import events, from_schema

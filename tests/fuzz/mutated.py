@@ -1,7 +1,7 @@
 """Valid requests with something wrong put into them: what random bodies never reach. Knows the fields that matter.
 
-A mutation replaces, removes, wraps or adds a value somewhere in a body, or spoils the bytes of the whole; most bodies get
-one or two, so that what is behind the first check is reached, too.
+A mutation replaces, removes, wraps or adds a value somewhere in a body, or spoils the bytes of the whole; most bodies
+get one or two, so that what is behind the first check is reached, too.
 """
 
 import copy
@@ -114,12 +114,14 @@ def valid_calls(digests: Sequence[str]) -> list[Call]:
         {"messages": [USER], "max_tokens": 24, "response_format": {"type": "json_object"}, "seed": 1},
         {"messages": [USER], "max_tokens": 30, "stream": True, "response_format": {
             "type": "json_schema", "json_schema": {"name": "weather", "strict": True, "schema": WEATHER}}},
-        {"messages": [USER], "max_tokens": 30, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
+        {"messages": [USER], "max_tokens": 30, "tools": [TOOL], "tool_choice": "required",
+         "parallel_tool_calls": False},
         {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]},
                       {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}], "max_tokens": 8,
          "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}, "stream": True},
         {"messages": [USER], "max_tokens": 2, "brainstacks": {"mix": {"math": 0.9, "chat": 0.2}}, "top_k": 4,
-         "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.5, "min_tokens": 1, "ignore_eos": True},
+         "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.5, "min_tokens": 1,
+         "ignore_eos": True},
         {"messages": [USER], "max_tokens": 2, "brainstacks": {"mode": "auto", "expect": ["math"]}},
     ]  # fmt: skip
     texts: list[Json] = [
