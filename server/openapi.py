@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from server import answer_schemas as answers
 from server.error_responses import CODES_BY_STATUS
@@ -152,7 +152,8 @@ def _error(status: int) -> Json:
 def _answer_schemas() -> Json:
     models: set[type[BaseModel]] = {*ANSWERS.values(), *STREAMED.values(), answers.Error}
     # As they are read, where a field with a default may be absent; as they are written, all would be required.
-    pairs = [(model, "validation") for model in sorted(models, key=lambda model: model.__name__)]
+    ordered = sorted(models, key=lambda model: model.__name__)
+    pairs: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in ordered]
     _, definitions = models_json_schema(pairs, ref_template=REF)
     schemas: Json = definitions["$defs"]
     return schemas

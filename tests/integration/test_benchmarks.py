@@ -396,9 +396,9 @@ def test_the_same_log_likelihoods_come_over_http(
 
 def check_alike(served: Any, subject: Subject, finished: Finished, mix: Mix) -> None:
     ours = model_of(subject, finished, [mix])
-    choosing = [load(name) for name in ("arc_easy", "hellaswag", "medmcqa")]
+    choosing = [load(name, limit=5) for name in ("arc_easy", "hellaswag", "medmcqa")]
     parity = compare(choosing, ours, served)
-    assert parity.choices > 80
+    assert parity.choices > 40
     assert parity.max_difference < 1e-4  # of sums of up to a hundred float32 log probabilities
     assert parity.same_greedy
     assert parity.same_scores
