@@ -133,10 +133,11 @@ def _complete_operation(operation: Json, key: Operation) -> None:
 
 def _answer(key: Operation) -> Json:
     content: Json = {"application/json": {"schema": _ref(ANSWERS[key])}}
+    description = "done"
     if key in STREAMED:
-        # As in OpenAI's own document: the schema is that of the data of one event; the last is [DONE].
-        content["text/event-stream"] = {"schema": _ref(STREAMED[key])}
-    return {"description": "done", "headers": REQUEST_ID, "content": content}
+        content["text/event-stream"] = {"schema": _ref(STREAMED[key])}  # of one event, as OpenAI's own document has it
+        description = "whole, or as events that end with [DONE]; an event with `error` ends a stream that failed"
+    return {"description": description, "headers": REQUEST_ID, "content": content}
 
 
 def _error(status: int) -> Json:

@@ -45,7 +45,7 @@ def test_random_requests_find_what_departs_from_the_document(target: Target) -> 
     _, findings = run_generated(replace(target, document=document), seed=SEED, examples=4)
     assert {finding.partition("\n")[0] for finding in findings} == {
         "GET /v1/models: Response violates schema",
-        "POST /detokenize: Undocumented HTTP status code",
+        "POST /detokenize: Undocumented status code",
     }
 
 
