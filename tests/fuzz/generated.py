@@ -6,7 +6,7 @@ import time
 import schemathesis
 from schemathesis.engine import events, from_schema
 
-from tests.fuzz.target import ADMIN_KEY, API_KEY, Target
+from tests.fuzz.target import ADMIN_KEY, API_KEY, REQUEST_SECONDS, Target
 
 # A valid body may still name a model, a domain or a token that there is not, which no schema can say.
 UNSAYABLE = {"positive_data_acceptance": {"enabled": False}}
@@ -33,8 +33,10 @@ def run_generated(
                         failure = check.failure_info.failure
                         case = event.recorder.cases[case_id].value
                         key = f"{case.operation.label}: {failure.title}"
-                        shown = f"{key}\n{failure.message}\n{check.failure_info.code_sample[:2000]}"
-                        findings.setdefault(key, shown)
+                        answered = event.recorder.interactions[case_id].response
+                        status = None if answered is None else answered.status_code
+                        sample = check.failure_info.code_sample[:2000]
+                        findings.setdefault(key, f"{key} ({status})\n{failure.message}\n{sample}")
         elif isinstance(event, events.NonFatalError):
             findings.setdefault(f"{event.label}: error", f"{event.label}: {event.info.format()}")
         elif isinstance(event, events.FatalError):
@@ -49,7 +51,7 @@ def _config(target: Target, seed: int, examples: int, *, long: bool) -> schemath
         {
             "seed": seed,
             "base-url": target.url,
-            "request-timeout": 60,
+            "request-timeout": REQUEST_SECONDS,
             "continue-on-failure": True,
             "generation": {"database": "none", "no-shrink": True, "max-examples": examples},
             "phases": {"coverage": {"enabled": long}, "stateful": {"enabled": long}},
