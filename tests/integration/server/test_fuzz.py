@@ -55,6 +55,13 @@ def chat(target: Target, **fields: Any) -> httpx.Response:
         return http.post("/v1/chat/completions", json=body, headers={"authorization": "Bearer user"})
 
 
+def test_top_k_beyond_every_number_type_keeps_all_tokens(target: Target) -> None:
+    fields = {"seed": 1, "temperature": 1.0, "logprobs": True}
+    answers = [chat(target, top_k=top_k, **fields) for top_k in (0, 10**400)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json()["choices"] == answers[1].json()["choices"]
+
+
 def faults(document: dict[str, Any], response: httpx.Response) -> list[str]:
     return list(Judge(document).faults(response, method="POST", path="/v1/chat/completions"))
 
