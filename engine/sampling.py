@@ -168,7 +168,7 @@ def _uniform(rows: Sequence[RowSampler], device: torch.device) -> Tensor:
 def _kept(ordered: Tensor, rows: Sequence[RowSampler]) -> Tensor:
     """(N, V) probabilities, largest first -> bool: top_k, then the smallest set of them whose mass reaches top_p."""
     device, vocabulary = ordered.device, ordered.shape[-1]
-    top_k = torch.tensor([[row.params.top_k or vocabulary] for row in rows], device=device)
+    top_k = torch.tensor([[min(row.params.top_k or vocabulary, vocabulary)] for row in rows], device=device)
     in_top_k = torch.arange(vocabulary, device=device) < top_k
     of_top_k = torch.where(in_top_k, ordered, 0.0)
     of_top_k = of_top_k / of_top_k.sum(dim=-1, keepdim=True)

@@ -2,12 +2,17 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
+
+from stack_store.manifest import DOMAIN_NAME
 
 MAX_URL_LENGTH = 2048
 
 Tier = Literal["device", "host"]
+DomainName = Annotated[
+    str, WithJsonSchema({"type": "string", "pattern": f"^{DOMAIN_NAME.pattern}$"})
+]  # not checked here
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

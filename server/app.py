@@ -17,6 +17,7 @@ from server.boundary import RequestBoundary
 from server.config import Settings
 from server.drain import Drain, DrainGate
 from server.error_responses import install_handlers
+from server.openapi import DocumentedApi
 from server.ports import EnginePort
 from server.rate_limits import RateLimits
 from server.routes import admin, health, openai, playground
@@ -71,7 +72,14 @@ def create_app(
                 await asyncio.to_thread(tracer.close)
 
     # The interactive documentation would load its scripts from another host; /openapi.json stays.
-    app = FastAPI(title="Brainstacks", lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None)
+    app = DocumentedApi(
+        title="Brainstacks",
+        version=_version(),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.service = service
     app.state.store_admin = store_admin
     app.state.settings = settings

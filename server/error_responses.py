@@ -10,10 +10,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from engine.errors import EngineError
 from router.errors import RouterError
 from server.errors import ApiError, RateLimitExceeded, ServerError, answer_for, is_internal
+from server.text_fields import without_lone_surrogates
 from stack_store.errors import StoreError
 
 logger = logging.getLogger(__name__)
@@ -21,19 +23,15 @@ logger = logging.getLogger(__name__)
 MAX_SHOWN_FAULTS = 5
 INTERNAL_MESSAGE = "internal error; the server's log has the traceback"
 
+METHODS = ("DELETE", "GET", "POST", "PUT")
 FIELD_NAME = re.compile(r"[\w-]+")
 CODES_BY_STATUS = {404: "not_found", 405: "method_not_allowed", 408: "request_timed_out", 413: "request_too_large"}
 
 
 def error_body(message: str, *, status: int, code: str, param: str | None = None) -> dict[str, Any]:
     """`{"error": {message, type, param, code}}`, the shape that the openai client unwraps."""
-    # A client's own words may be quoted here, and half a surrogate pair in them cannot be sent back.
-    message, param = _encodable(message), None if param is None else _encodable(param)
+    message, param = without_lone_surrogates(message), None if param is None else without_lone_surrogates(param)
     return {"error": {"message": message, "type": type_of(status), "param": param, "code": code}}
-
-
-def _encodable(text: str) -> str:
-    return text.encode(errors="replace").decode()
 
 
 def body_of(error: BaseException) -> dict[str, Any]:
@@ -93,7 +91,15 @@ async def _http(request: Request, error: Exception) -> Response:
     code = CODES_BY_STATUS.get(error.status_code, "http_error")
     message = f"{error.detail}: {request.method} {request.url.path}"
     body = error_body(message, status=error.status_code, code=code)
-    return JSONResponse(body, error.status_code, error.headers)
+    headers = {"allow": ", ".join(_allowed_methods(request))} if error.status_code == 405 else error.headers
+    return JSONResponse(body, error.status_code, headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Of all routes that have the path: Starlette names those of the first only."""
+    scopes = {method: dict(request.scope) | {"method": method} for method in METHODS}
+    routes = request.app.router.routes
+    return [name for name, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes)]
 
 
 def _sentence(fault: Mapping[str, Any]) -> str:

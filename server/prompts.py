@@ -73,6 +73,18 @@ class PromptReader:
         )
         return text
 
+    def tokenizer_info(self) -> dict[str, str | int | None]:
+        """What a client needs to know of the tokenizer beside its tokens."""
+        tokenizer = self.tokenizer
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        template = tokenizer.chat_template
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            **{name: getattr(tokenizer, name) for name in names},
+            "chat_template": template if isinstance(template, str) else None,
+            "max_model_len": self.max_model_len,
+        }
+
     def fit(self, prompt: Prompt, wanted_tokens: int | None, *, param: str) -> int:
         """How many tokens the answer may have: what is wanted, or all that is left.
 

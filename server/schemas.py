@@ -17,7 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from engine.types import MAX_LOGPROBS, MAX_STOP_STRINGS
-from server.text_fields import Text, said_plainly
+from server.text_fields import Text, said_plainly, without_lone_surrogates
 from server.tool_schemas import MAX_TOOLS, ResponseFormat, Tool, ToolCall, ToolChoice
 
 MAX_CHOICES = 128
@@ -46,7 +46,9 @@ def _text_parts_only(value: object) -> object:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in (None, "text"):
             raise PydanticCustomError(
-                "unsupported", "content parts of type {kind} are not supported", {"kind": str(kind)}
+                "unsupported",
+                "content parts of type {kind} are not supported",
+                {"kind": without_lone_surrogates(str(kind))},
             )
     return value
 

@@ -22,6 +22,11 @@ def said_plainly(message: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+def without_lone_surrogates(text: str) -> str:
+    """For a client's own words in a message: half a surrogate pair in them could not be sent back."""
+    return text.encode(errors="replace").decode()
+
+
 def _encodable(value: str) -> str:
     """JSON can say half a surrogate pair, which is no text and which no tokenizer takes."""
     try:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.text_fields import Text, said_plainly
+from server.text_fields import Text, said_plainly, without_lone_surrogates
 
 MAX_TOOLS = 128
 
@@ -27,7 +27,8 @@ class OfFunction(BaseModel):
     def _is_of_a_function(cls, value: object) -> object:
         kind = value.get("type") if isinstance(value, dict) else None
         if isinstance(kind, str) and kind != "function":
-            raise PydanticCustomError("unsupported", "tools of type {kind} are not supported", {"kind": kind})
+            shown = without_lone_surrogates(kind)
+            raise PydanticCustomError("unsupported", "tools of type {kind} are not supported", {"kind": shown})
         return value
 
 

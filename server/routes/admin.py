@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Header, Path, Request, Response
 from starlette.requests import ClientDisconnect
 
 from server.access import AdminRoute, Handler
-from server.admin_schemas import RegisterDomainRequest, SetRouterRequest, Sha256, Tier
+from server.admin_schemas import DomainName, RegisterDomainRequest, SetRouterRequest, Sha256, Tier
 from server.app_state import service_of, store_admin_of
 from server.disk_faults import disk_faults
 from server.errors import ClientGone, InvalidRequest
@@ -49,7 +49,7 @@ async def list_domains(request: Request, response: Response) -> dict[str, Any]:
 
 
 @router.get("/domains/{name}")
-async def show_domain(request: Request, response: Response, name: str) -> dict[str, Any]:
+async def show_domain(request: Request, response: Response, name: DomainName) -> dict[str, Any]:
     """One domain."""
     shown = store_admin_of(request).show_domain(name)
     response.headers["etag"] = f'"{shown["generation"]}"'
@@ -58,7 +58,7 @@ async def show_domain(request: Request, response: Response, name: str) -> dict[s
 
 @router.put("/domains/{name}")
 async def register_domain(
-    request: Request, response: Response, name: str, body: RegisterDomainRequest, if_match: IfMatch = None
+    request: Request, response: Response, name: DomainName, body: RegisterDomainRequest, if_match: IfMatch = None
 ) -> dict[str, Any]:
     """Registers or replaces a domain while requests run. The same call again changes nothing."""
     shown, is_new = await store_admin_of(request).register(
@@ -69,20 +69,20 @@ async def register_domain(
 
 
 @router.delete("/domains/{name}")
-async def remove_domain(request: Request, name: str, if_match: IfMatch = None) -> dict[str, Any]:
+async def remove_domain(request: Request, name: DomainName, if_match: IfMatch = None) -> dict[str, Any]:
     """Deletes a domain; requests that use it finish."""
     return await store_admin_of(request).remove(name, expected_generation=_generation(if_match))
 
 
 @router.post("/domains/{name}/verify")
-async def verify_domain(request: Request, name: str) -> dict[str, Any]:
+async def verify_domain(request: Request, name: DomainName) -> dict[str, Any]:
     """Reads every byte of a domain's files again and tells of each whether it is what was registered."""
     return await store_admin_of(request).verify(name)
 
 
 @router.post("/domains/{name}/{action}")
 async def change_residency(
-    request: Request, name: str, action: Literal["pin", "unpin", "prefetch"], tier: Tier = "device"
+    request: Request, name: DomainName, action: Literal["pin", "unpin", "prefetch"], tier: Tier = "device"
 ) -> dict[str, Any]:
     """Keeps a domain resident in a tier, lets it go, or starts to load it."""
     store_admin = store_admin_of(request)
@@ -99,7 +99,15 @@ async def show_cache(request: Request) -> dict[str, Any]:
     return store_admin_of(request).show_cache()
 
 
-@router.put("/blobs/{sha256}")
+@router.put(
+    "/blobs/{sha256}",
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+        }
+    },
+)
 async def upload_blob(request: Request, sha256: Annotated[Sha256, Path()]) -> dict[str, Any]:
     """Receives one file; it is kept only if its digest is the one that was promised."""
     try:

@@ -116,6 +116,12 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, str
     return {"prompt": service_of(request).reader.decode(body.tokens)}
 
 
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> dict[str, Any]:
+    """Special tokens and chat template, for clients that tokenize here. Named as vLLM has it."""
+    return service_of(request).reader.tokenizer_info()
+
+
 async def _answer(request: Request, body: SamplingFields, job: Job, shape: AnswerShape) -> Response:
     record, service = record_of(request), service_of(request)
     deadline = _deadline(request)

@@ -151,6 +151,18 @@ def test_broken_body_is_a_400(shared_server: LiveServer, body: bytes) -> None:
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "user", "content": [{"type": "\ud800", "text": "hello"}]}]},
+        {"messages": MESSAGES, "tools": [{"type": "\ud800", "function": {"name": "f"}}]},
+        {"messages": MESSAGES, "\ud800": 1, "tool_choice": {"type": "\ud800"}},
+    ],
+)
+def test_half_a_character_in_a_name_of_a_kind_is_a_400(shared_server: LiveServer, fields: dict[str, Any]) -> None:
+    refuse(shared_server, "/v1/chat/completions", fields, 400)
+
+
 def test_unknown_path_and_method_have_the_same_shape(shared_server: LiveServer) -> None:
     with shared_server.client() as client:
         for response, status in ((client.get("/v1/nothing"), 404), (client.delete("/v1/chat/completions"), 405)):
