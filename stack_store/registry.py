@@ -300,7 +300,7 @@ class StackRegistry:
             self._remove_if_unused((self.path / file).parent)
 
     def _remove_if_unused(self, folder: Path) -> None:
-        """The folder of a domain that is registered stays, though its files be gone: whoever puts them back needs it."""
+        """The folder of a registered domain stays, though its files be gone: whoever puts them back needs it."""
         if folder.parent.name == "domains" and _find_domain(self._manifest, folder.name) is None:
             _remove_if_empty(folder)
 

@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=os.getcwd()) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         report = run_soak(Path(folder), seconds=60 * arguments.minutes, seed=arguments.seed)
     print(json.dumps(report, indent=2))
     if arguments.json:

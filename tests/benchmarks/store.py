@@ -76,7 +76,7 @@ def load_speeds(rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     base = load_base()
     prepare_loads(base.dtype)
-    with tempfile.TemporaryDirectory(dir=os.getcwd()) as name:
+    with tempfile.TemporaryDirectory(dir=os.getcwd()) as name:  # which is on a disk, as /tmp may not be
         folder = Path(name)
         registry = StackRegistry.create(folder / "store", base_fingerprint=base.fingerprint, geometry=base.geometry)
         config = MoeLoraConfig()
@@ -180,7 +180,7 @@ def hit_seconds(registry: Any, base: Any) -> dict[str, float]:
 def thousand(rounds: int) -> dict[str, Any]:
     """Two servers side by side, of the demo's five domains and of these among a thousand; ratios of medians."""
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=os.getcwd())))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         starts: dict[str, list[float]] = {"five": [], "thousand": []}
         stores = {name: copy_store(folder / name) for name in starts}
         add_domains(stores["thousand"], MANY - 5)
@@ -310,7 +310,7 @@ def zipf(rounds: int) -> dict[str, Any]:
     draw = random.Random(0)
     weights = [1 / (rank + 1) for rank in range(ZIPF_DOMAINS)]
     trace = draw.choices(names, weights, k=ZIPF_REQUESTS)
-    with tempfile.TemporaryDirectory(dir=os.getcwd()) as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         add_sparse_domains(
             folder / "zipf", names, fingerprint=fingerprint, geometry=geometry, config=MoeLoraConfig(rank=4, alpha=4.0)
