@@ -1,0 +1,297 @@
+"""Runs the server under load and says whether it kept every promise: many streams, clients that vanish, nonsense, SIGTERM.
+
+    python -m tests.benchmarks.load [--clients 200] [--seconds 600] [--json FILE]
+
+Starts `brainstacks serve` with the real base and the demo store. First the idle server answers every case; then all
+clients ask at once, of whose requests a tenth hang up at a random point and a tenth are bad. Every finished stream must
+be its reference: text, mix, token counts, finish reason. Then all ask for long answers, and SIGTERM comes in the middle.
+Prints one line of JSON; its `failures` must be empty.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.benchmarks.event_streams import CHAT
+from tests.benchmarks.load_cases import good_requests
+from tests.benchmarks.load_clients import Case, Plan
+from tests.e2e.server_process import ServerProcess
+from tests.servers import wait_until
+
+DEMO_STORE = Path(__file__).parents[2] / "demo" / "store"
+LONG_ANSWERS = (64, 96, 128)
+MEMORY_GROWTH = 1.02  # from the second third of the run to the last
+MEMORY_SECONDS = 300  # shorter runs see the server still growing into its working set
+FEW = 4  # file descriptors or threads more than before
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much of everything."""
+
+    clients: int = 200
+    seconds: float = 600.0
+    cases: int = 96
+    leaving_cases: int = 24
+    batch_rows: int = 16
+    max_queue: int = 256
+    drain_seconds: float = 6.0
+    seed: int = 7
+
+
+def main() -> None:
+    """Runs it, prints, and exits with 1 if a promise was broken."""
+    parser = argparse.ArgumentParser(description="The server under load.")
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--max-queue", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    sizes = Sizes(clients=given.clients, seconds=given.seconds, max_queue=given.max_queue, seed=given.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        result = run_load(Path(folder), sizes)
+    print(json.dumps(result))
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    sys.exit(1 if result["failures"] else 0)
+
+
+def run_load(folder: Path, sizes: Sizes) -> dict[str, Any]:
+    """What happened, and under `failures` every promise that was broken."""
+    shutil.copytree(DEMO_STORE, folder / "store")
+    settings = {
+        "engine__max_batch_rows": sizes.batch_rows,
+        "server__max_queue": sizes.max_queue,
+        "server__drain_seconds": sizes.drain_seconds,
+    }
+    with ServerProcess(folder / "store", folder / "log", **settings) as server, _client_process() as clients:
+        cases = [_reference(server, request) for request in good_requests(sizes.cases, seed=sizes.seed)]
+        long_requests = good_requests(sizes.leaving_cases, seed=sizes.seed, tokens=LONG_ANSWERS)
+        leaving_cases = [_reference(server, request) for request in long_requests]
+        before = _Counts.of(server)
+        plan = Plan(server.port, server.model, sizes.clients, sizes.seconds, sizes.seed, cases)
+        with _watching(server) as watch:
+            load = clients.run(plan)
+        failures = [*load.pop("failures"), *_wait_for_rest(server), *_check_counts(before, _Counts.of(server), load)]
+        failures += watch.faults(sizes.seconds)
+        idle = _proc(server.pid)
+        leaving = clients.run(
+            Plan(server.port, server.model, sizes.clients, 0.0, sizes.seed, leaving_cases, leaving=True),
+            when_begun=server.terminate,
+        )
+        status = server.wait()
+        failures += leaving.pop("failures")
+        if status != 0:
+            failures.append(f"exit status {status} after SIGTERM")
+        if leaving["finished"] + leaving["told"] != sizes.clients + leaving["late"].get("200", 0):
+            failures.append(f"not every request was finished or told: {leaving}")
+        if "Traceback" in server.log_text:
+            failures.append("a traceback in the log: " + server.log_text.partition("Traceback")[2][-2000:])
+        return {
+            "sizes": asdict(sizes),
+            "load": load | {"tokens_per_second": round(load["tokens"] / load["seconds"], 1)},
+            "process": watch.summary() | {"idle_after": asdict(idle)},
+            "leaving": {name: leaving[name] for name in ("finished", "told", "late", "seconds")} | {"status": status},
+            "failures": failures,
+        }
+
+
+def _reference(server: ServerProcess, request: dict[str, Any]) -> Case:
+    """The idle server's answer, whole: another path through the server than a stream's."""
+    answer = server.http.post(CHAT, json=request).raise_for_status().json()
+    choice, usage = answer["choices"][0], answer["usage"]
+    return Case(
+        request,
+        text=choice["message"]["content"],
+        finish_reason=choice["finish_reason"],
+        prompt_tokens=usage["prompt_tokens"],
+        completion_tokens=usage["completion_tokens"],
+        mix=answer["brainstacks"]["mix"],
+    )
+
+
+class _ClientProcess:
+    """Runs plans in another process, one after the other."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+
+    def run(self, plan: Plan, *, when_begun: Any = None) -> dict[str, Any]:
+        """The tally, and how long it took."""
+        began = time.monotonic()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(plan)) + "\n")
+        self._process.stdin.flush()
+        while (tally := json.loads(self._process.stdout.readline())) == "begun":
+            when_begun()
+        return tally | {"seconds": round(time.monotonic() - began, 1)}
+
+
+@contextmanager
+def _client_process() -> Iterator[_ClientProcess]:
+    command = [sys.executable, "-m", "tests.benchmarks.load_clients"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield _ClientProcess(process)
+        process.communicate()  # closes its input, which ends it
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """What the server has counted."""
+
+    ok: float
+    bad: dict[str, float]
+    failed: float
+    tokens: float
+
+    @classmethod
+    def of(cls, server: ServerProcess) -> "_Counts":
+        def requests(status: str) -> float:
+            return server.metric("brainstacks_requests_total", endpoint=CHAT, status=status)
+
+        failed = sum(requests(str(status)) for status in (500, 502, 503, 504))
+        bad = {status: requests(status) for status in ("404", "429")}
+        return cls(requests("200"), bad, failed, server.metric("brainstacks_completion_tokens_total"))
+
+
+def _check_counts(before: _Counts, after: _Counts, load: dict[str, Any]) -> Iterator[str]:
+    """The server's counts are the clients', but for the clients that left before they knew."""
+    hung_up = sum(load["hung_up"].values())
+    ok = after.ok - before.ok
+    if not load["finished"] <= ok <= load["finished"] + hung_up:
+        yield f"{ok} requests counted as answered, {load['finished']} streams finished, {hung_up} clients hung up"
+    for status, count in after.bad.items():
+        counted, seen = count - before.bad[status], load["statuses"].get(status, 0)
+        if not seen <= counted <= seen + hung_up:
+            yield f"{counted} answers counted with status {status}, the clients saw {seen}"
+    if after.failed != before.failed:
+        yield f"{after.failed - before.failed} answers counted as 5xx"
+    if after.tokens - before.tokens < load["tokens"]:
+        yield f"{after.tokens - before.tokens} tokens counted, {load['tokens']} came"
+
+
+def _wait_for_rest(server: ServerProcess) -> list[str]:
+    """What is still held some seconds after the last client has gone."""
+    gauges = ("brainstacks_requests_running", "brainstacks_requests_waiting", "brainstacks_kv_cache_used_ratio")
+
+    def held() -> dict[str, float]:
+        domains = server.admin("GET", "/admin/domains").json()["domains"]
+        leases = {f"leases of {domain['name']}": float(domain["leases"]) for domain in domains}
+        return {name: value for name, value in ({g: server.metric(g) for g in gauges} | leases).items() if value}
+
+    try:
+        wait_until(lambda: not held(), what="everything is given back")
+    except AssertionError:
+        return [f"still held at the end: {held()}"]
+    return []
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What the process holds of the system."""
+
+    memory_bytes: int
+    file_descriptors: int
+    threads: int
+
+
+def _proc(pid: int) -> _Held:
+    folder = Path(f"/proc/{pid}")
+    pages = int((folder / "statm").read_text().split()[1])
+    return _Held(pages * 4096, len(list((folder / "fd").iterdir())), len(list((folder / "task").iterdir())))
+
+
+class _Watch(threading.Thread):
+    """Looks once a second at the process and whether it says that it is ready."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        super().__init__()
+        self._server = server
+        self._done = threading.Event()
+        self._before = _proc(server.pid)
+        self._held: list[_Held] = []
+        self._unready: list[str] = []
+        self._probe_seconds: list[float] = []
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self._server.url, timeout=30) as http:
+            while not self._done.wait(1.0):
+                self._held.append(_proc(self._server.pid))
+                began = time.monotonic()
+                try:
+                    answer = http.get("/health/ready")
+                    if answer.status_code != 200:
+                        self._unready.append(f"not ready: {answer.text}")
+                except httpx.HTTPError as error:
+                    self._unready.append(f"not ready: {error!r}")
+                self._probe_seconds.append(time.monotonic() - began)
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+
+    def faults(self, seconds: float) -> Iterator[str]:
+        """Broken promises, in words."""
+        yield from self._unready
+        _, second, last = self._thirds()
+        growth = _memory(last) / _memory(second)
+        if seconds >= MEMORY_SECONDS and growth > MEMORY_GROWTH:
+            yield f"memory grew by a factor of {growth:.3f} from the second third of the run to the last"
+        for name in ("file_descriptors", "threads"):
+            was, became = (max(getattr(held, name) for held in third) for third in (second, last))
+            if became > was + FEW:
+                yield f"{name} grew from {was} to {became}"
+        idle = _proc(self._server.pid)
+        if idle.file_descriptors > self._before.file_descriptors + FEW:
+            yield f"file descriptors: {self._before.file_descriptors} before, {idle.file_descriptors} after the load"
+
+    def summary(self) -> dict[str, Any]:
+        """Medians by third of the run."""
+        thirds = self._thirds()
+        ordered = sorted(self._probe_seconds)
+        return {
+            "before": asdict(self._before),
+            "memory_mib_by_third": [round(_memory(third) / 2**20, 1) for third in thirds],
+            "most_file_descriptors_by_third": [max(held.file_descriptors for held in third) for third in thirds],
+            "most_threads_by_third": [max(held.threads for held in third) for third in thirds],
+            "ready_probes": len(ordered),
+            "ready_probe_seconds": {"median": statistics.median(ordered), "max": ordered[-1]},
+        }
+
+    def _thirds(self) -> Sequence[Sequence[_Held]]:
+        length = math.ceil(len(self._held) / 3)
+        return [self._held[:length], self._held[length : 2 * length], self._held[2 * length :]]
+
+
+@contextmanager
+def _watching(server: ServerProcess) -> Iterator[_Watch]:
+    watch = _Watch(server)
+    watch.start()
+    try:
+        yield watch
+    finally:
+        watch.stop()
+
+
+def _memory(third: Sequence[_Held]) -> float:
+    return statistics.median(held.memory_bytes for held in third)
+
+
+if __name__ == "__main__":
+    main()
