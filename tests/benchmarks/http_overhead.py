@@ -33,8 +33,8 @@ FIRST_BYTE_QUESTION = "Natalia sold 48 clips in April and half as many in May. H
 def main() -> None:
     """Parses, settles threads before torch is imported, measures, prints."""
     parser = argparse.ArgumentParser(description="What HTTP costs over the engine.")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--users", type=int, default=16)
     parser.add_argument("--first-bytes", type=int, default=60)
     parser.add_argument("--dtype", default="auto")
@@ -88,26 +88,40 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def throughputs(engine: Any, clients: Any, arguments: argparse.Namespace, extra: dict[str, Any]) -> dict[str, Any]:
     """Medians over the rounds in tokens per second of all users, from the first request to the end of the last."""
-    bodies = [question(f"Tell me about {SUBJECTS[user % 8]}, part {user}.", arguments.tokens) | extra
-              for user in range(arguments.users)]  # fmt: skip
+    texts = [f"Tell me about {SUBJECTS[user % len(SUBJECTS)]}, part {user}." for user in range(arguments.users)]
+    bodies = [question(text, arguments.tokens) | extra for text in texts]
     with recorded(engine) as requests:
         clients.stream(bodies)
-    through_http, straight, ratios, client_shares = [], [], [], []
-    for _ in range(arguments.rounds):
+    submit_all(engine, requests)
+    through_http, straight, loop_seconds, client_seconds = [], [], [], []
+    for number in range(arguments.rounds):
+        if number % 2:  # whoever is first in a round must not always be the same
+            straight.append(arguments.tokens * len(requests) / submit_all(engine, requests)[1])
+        loop_began = loop_cpu_seconds()
         streamed = clients.stream(bodies)
-        http_speed = streamed.completion_tokens / streamed.seconds
-        engine_speed = len(requests) * arguments.tokens / submit_all(engine, requests)[-1]
-        through_http.append(http_speed)
-        straight.append(engine_speed)
-        ratios.append(http_speed / engine_speed)
-        client_shares.append(streamed.cpu_seconds / streamed.seconds)
+        loop_seconds.append((loop_cpu_seconds() - loop_began) / streamed.completion_tokens)
+        client_seconds.append(streamed.cpu_seconds / streamed.completion_tokens)
+        through_http.append(streamed.completion_tokens / streamed.seconds)
+        if not number % 2:
+            straight.append(arguments.tokens * len(requests) / submit_all(engine, requests)[1])
+    ratios = [http / alone for http, alone in zip(through_http, straight, strict=True)]
     return {
         "http_tokens_per_second": round(statistics.median(through_http), 1),
         "engine_tokens_per_second": round(statistics.median(straight), 1),
         "overhead": round(1 - statistics.median(through_http) / statistics.median(straight), 4),
+        "overhead_of_the_best": round(1 - max(through_http) / max(straight), 4),
+        "median_overhead_of_a_round": round(1 - statistics.median(ratios), 4),
         "overhead_by_round": [round(1 - ratio, 3) for ratio in ratios],
-        "client_cores": round(statistics.median(client_shares), 3),
+        "event_loop_us_per_token": round(1e6 * statistics.median(loop_seconds), 1),
+        "client_us_per_token": round(1e6 * statistics.median(client_seconds), 1),
     }
+
+
+def loop_cpu_seconds() -> float:
+    """What the server's event loop has computed so far."""
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "uvicorn")
+    assert thread.ident is not None
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
 def first_bytes(engine: Any, clients: Any, count: int) -> dict[str, float]:

@@ -33,7 +33,7 @@ from tests.e2e.server_process import ServerProcess
 from tests.servers import wait_until
 
 DEMO_STORE = Path(__file__).parents[2] / "demo" / "store"
-LONG_ANSWERS = (64, 96, 128)
+LEAVING_TOKENS = (8, 64, 128)  # some end in the time that SIGTERM leaves them, some don't
 MEMORY_GROWTH = 1.02  # from the second third of the run to the last
 MEMORY_SECONDS = 300  # shorter runs see the server still growing into its working set
 FEW = 4  # file descriptors or threads more than before
@@ -46,7 +46,7 @@ class Sizes:
     clients: int = 200
     seconds: float = 600.0
     cases: int = 96
-    leaving_cases: int = 24
+    leaving_cases: int = 16
     batch_rows: int = 16
     max_queue: int = 256
     drain_seconds: float = 6.0
@@ -59,10 +59,19 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--max-queue", type=int, default=256)
+    parser.add_argument("--cases", type=int, default=96)
+    parser.add_argument("--leaving-cases", type=int, default=16)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    sizes = Sizes(clients=given.clients, seconds=given.seconds, max_queue=given.max_queue, seed=given.seed)
+    sizes = Sizes(
+        clients=given.clients,
+        seconds=given.seconds,
+        max_queue=given.max_queue,
+        cases=given.cases,
+        leaving_cases=given.leaving_cases,
+        seed=given.seed,
+    )
     with tempfile.TemporaryDirectory() as folder:
         result = run_load(Path(folder), sizes)
     print(json.dumps(result))
@@ -81,7 +90,7 @@ def run_load(folder: Path, sizes: Sizes) -> dict[str, Any]:
     }
     with ServerProcess(folder / "store", folder / "log", **settings) as server, _client_process() as clients:
         cases = [_reference(server, request) for request in good_requests(sizes.cases, seed=sizes.seed)]
-        long_requests = good_requests(sizes.leaving_cases, seed=sizes.seed, tokens=LONG_ANSWERS)
+        long_requests = good_requests(sizes.leaving_cases, seed=sizes.seed, tokens=LEAVING_TOKENS)
         leaving_cases = [_reference(server, request) for request in long_requests]
         before = _Counts.of(server)
         plan = Plan(server.port, server.model, sizes.clients, sizes.seconds, sizes.seed, cases)

@@ -10,7 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
@@ -64,6 +64,11 @@ class Tally:
     def fail(self, what: str) -> None:
         self.failures.append(what)
 
+    def shown(self) -> dict[str, Any]:
+        """As JSON, with the first failures and the number of all."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return fields | {"failures": self.failures[:MAX_SHOWN_FAILURES], "num_failures": len(self.failures)}
+
 
 class Clients:
     """All clients of a plan."""
@@ -74,6 +79,7 @@ class Clients:
         self._loop = asyncio.get_running_loop()
         self._end = self._loop.time() + plan.seconds
         self._num_begun = 0
+        self._all_begun = asyncio.Event()
         self.tally = Tally()
 
     async def run(self) -> None:
@@ -170,8 +176,10 @@ class Clients:
         connection = Connection(self._plan.port)
         try:
             await connection.send(_streamed((case := random.choice(self._plan.cases)).request))
-            head = await self._head(connection)
-            self._note_begun()
+            try:
+                head = await self._head(connection)
+            finally:
+                self._note_begun()
             if head.status == 200:
                 await self._judge(connection, head, case)
             elif head.status in (429, 503):
@@ -182,6 +190,8 @@ class Clients:
         except (CutOff, OSError) as error:
             self.tally.fail(f"{type(error).__name__}: {error}")
         connection.hang_up()
+        await self._all_begun.wait()
+        await asyncio.sleep(0.5)  # in which SIGTERM comes
         await self._come_late(Connection(self._plan.port), random)
 
     async def _come_late(self, connection: Connection, random: Random) -> None:
@@ -203,6 +213,7 @@ class Clients:
         """Says when all clients have their headers, so that the server can be told to leave."""
         self._num_begun += 1
         if self._num_begun == self._plan.num_clients:
+            self._all_begun.set()
             print(json.dumps("begun"), flush=True)
 
 
@@ -276,9 +287,7 @@ def main() -> None:
     for line in sys.stdin:
         given = json.loads(line)
         plan = Plan(**given | {"cases": [Case(**case) for case in given["cases"]]})
-        tally = asdict(asyncio.run(run(plan)))
-        shown = {"failures": tally["failures"][:MAX_SHOWN_FAILURES], "num_failures": len(tally["failures"])}
-        print(json.dumps(tally | shown), flush=True)
+        print(json.dumps(asyncio.run(run(plan)).shown()), flush=True)
 
 
 if __name__ == "__main__":
