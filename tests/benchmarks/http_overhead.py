@@ -3,8 +3,8 @@
     python -m tests.benchmarks.http_overhead [--rounds N] [--tokens N] [--users N]
 
 One process has the server with the real base and the demo store, as `brainstacks serve` puts them together; another has
-the clients. The very requests that HTTP submitted are then submitted straight to the same engine, both in turn, round by
-round. The clients share the cores with the server, which an engine without clients need not: what they take is told.
+the clients. The very requests that HTTP submitted are then submitted straight to the same engine, both in turn, round
+by round. The clients share the cores with the server, which an engine without clients need not: what they take is told.
 """
 
 import argparse
@@ -67,10 +67,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         app = compose_app(settings)
         engine = app.state.service.engine
-        with run_app_in_thread(app, settings.server) as (_, url), client_process(int(url.rpartition(":")[2])) as clients:
-            throughput = {
-                name: throughputs(engine, clients, arguments, extra) for name, extra in MIXES.items()
-            }
+        with (
+            run_app_in_thread(app, settings.server) as (_, url),
+            client_process(int(url.rpartition(":")[2])) as clients,
+        ):
+            throughput = {name: throughputs(engine, clients, arguments, extra) for name, extra in MIXES.items()}
             first = first_bytes(engine, clients, arguments.first_bytes)
         return {
             "processor": processor_name(),

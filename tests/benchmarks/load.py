@@ -1,42 +1,36 @@
-"""Runs the server under load and says whether it kept every promise: many streams, clients that vanish, nonsense, SIGTERM.
+"""Runs the server under load and tells which promises it broke: many streams, vanishing clients, nonsense, SIGTERM.
 
     python -m tests.benchmarks.load [--clients 200] [--seconds 600] [--json FILE]
 
 Starts `brainstacks serve` with the real base and the demo store. First the idle server answers every case; then all
-clients ask at once, of whose requests a tenth hang up at a random point and a tenth are bad. Every finished stream must
-be its reference: text, mix, token counts, finish reason. Then all ask for long answers, and SIGTERM comes in the middle.
-Prints one line of JSON; its `failures` must be empty.
+clients ask at once, and of their requests a tenth hang up at a random point and a tenth are bad. Every finished stream
+must be its reference: text, mix, token counts, finish reason. Then all ask again, for longer answers, and SIGTERM comes
+in the middle. Prints one line of JSON; its `failures` must be empty.
 """
 
 import argparse
 import json
-import math
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from tests.benchmarks.event_streams import CHAT
+from tests.benchmarks.load_answers import Case
 from tests.benchmarks.load_cases import good_requests
-from tests.benchmarks.load_clients import Case, Plan
+from tests.benchmarks.load_clients import Plan
+from tests.benchmarks.process_watch import held_by, watching
 from tests.e2e.server_process import ServerProcess
 from tests.servers import wait_until
 
 DEMO_STORE = Path(__file__).parents[2] / "demo" / "store"
 LEAVING_TOKENS = (8, 64, 128)  # some end in the time that SIGTERM leaves them, some don't
-MEMORY_GROWTH = 1.02  # from the second third of the run to the last
-MEMORY_SECONDS = 300  # shorter runs see the server still growing into its working set
-FEW = 4  # file descriptors or threads more than before
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +88,11 @@ def run_load(folder: Path, sizes: Sizes) -> dict[str, Any]:
         leaving_cases = [_reference(server, request) for request in long_requests]
         before = _Counts.of(server)
         plan = Plan(server.port, server.model, sizes.clients, sizes.seconds, sizes.seed, cases)
-        with _watching(server) as watch:
+        with watching(server) as watch:
             load = clients.run(plan)
         failures = [*load.pop("failures"), *_wait_for_rest(server), *_check_counts(before, _Counts.of(server), load)]
         failures += watch.faults(sizes.seconds)
-        idle = _proc(server.pid)
+        idle = held_by(server.pid)
         leaving = clients.run(
             Plan(server.port, server.model, sizes.clients, 0.0, sizes.seed, leaving_cases, leaving=True),
             when_begun=server.terminate,
@@ -209,97 +203,6 @@ def _wait_for_rest(server: ServerProcess) -> list[str]:
     except AssertionError:
         return [f"still held at the end: {held()}"]
     return []
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """What the process holds of the system."""
-
-    memory_bytes: int
-    file_descriptors: int
-    threads: int
-
-
-def _proc(pid: int) -> _Held:
-    folder = Path(f"/proc/{pid}")
-    pages = int((folder / "statm").read_text().split()[1])
-    return _Held(pages * 4096, len(list((folder / "fd").iterdir())), len(list((folder / "task").iterdir())))
-
-
-class _Watch(threading.Thread):
-    """Looks once a second at the process and whether it says that it is ready."""
-
-    def __init__(self, server: ServerProcess) -> None:
-        super().__init__()
-        self._server = server
-        self._done = threading.Event()
-        self._before = _proc(server.pid)
-        self._held: list[_Held] = []
-        self._unready: list[str] = []
-        self._probe_seconds: list[float] = []
-
-    def run(self) -> None:
-        with httpx.Client(base_url=self._server.url, timeout=30) as http:
-            while not self._done.wait(1.0):
-                self._held.append(_proc(self._server.pid))
-                began = time.monotonic()
-                try:
-                    answer = http.get("/health/ready")
-                    if answer.status_code != 200:
-                        self._unready.append(f"not ready: {answer.text}")
-                except httpx.HTTPError as error:
-                    self._unready.append(f"not ready: {error!r}")
-                self._probe_seconds.append(time.monotonic() - began)
-
-    def stop(self) -> None:
-        self._done.set()
-        self.join()
-
-    def faults(self, seconds: float) -> Iterator[str]:
-        """Broken promises, in words."""
-        yield from self._unready
-        _, second, last = self._thirds()
-        growth = _memory(last) / _memory(second)
-        if seconds >= MEMORY_SECONDS and growth > MEMORY_GROWTH:
-            yield f"memory grew by a factor of {growth:.3f} from the second third of the run to the last"
-        for name in ("file_descriptors", "threads"):
-            was, became = (max(getattr(held, name) for held in third) for third in (second, last))
-            if became > was + FEW:
-                yield f"{name} grew from {was} to {became}"
-        idle = _proc(self._server.pid)
-        if idle.file_descriptors > self._before.file_descriptors + FEW:
-            yield f"file descriptors: {self._before.file_descriptors} before, {idle.file_descriptors} after the load"
-
-    def summary(self) -> dict[str, Any]:
-        """Medians by third of the run."""
-        thirds = self._thirds()
-        ordered = sorted(self._probe_seconds)
-        return {
-            "before": asdict(self._before),
-            "memory_mib_by_third": [round(_memory(third) / 2**20, 1) for third in thirds],
-            "most_file_descriptors_by_third": [max(held.file_descriptors for held in third) for third in thirds],
-            "most_threads_by_third": [max(held.threads for held in third) for third in thirds],
-            "ready_probes": len(ordered),
-            "ready_probe_seconds": {"median": statistics.median(ordered), "max": ordered[-1]},
-        }
-
-    def _thirds(self) -> Sequence[Sequence[_Held]]:
-        length = math.ceil(len(self._held) / 3)
-        return [self._held[:length], self._held[length : 2 * length], self._held[2 * length :]]
-
-
-@contextmanager
-def _watching(server: ServerProcess) -> Iterator[_Watch]:
-    watch = _Watch(server)
-    watch.start()
-    try:
-        yield watch
-    finally:
-        watch.stop()
-
-
-def _memory(third: Sequence[_Held]) -> float:
-    return statistics.median(held.memory_bytes for held in third)
 
 
 if __name__ == "__main__":

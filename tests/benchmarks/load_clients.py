@@ -15,23 +15,12 @@ from random import Random
 from typing import Any
 
 from tests.benchmarks.event_streams import Connection, CutOff, Head
+from tests.benchmarks.load_answers import Case, StreamedAnswer
 from tests.benchmarks.load_cases import BadRequest, bad_requests
 
 NICENESS = 5  # below the server's priority: it should be the one that is never idle
 HANG_UP_POINTS = ("in the request", "after the request", "after the headers", "in the stream")
 MAX_SHOWN_FAILURES = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A request and the answer of the idle server."""
-
-    request: dict[str, Any]
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    mix: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +148,7 @@ class Clients:
         await asyncio.sleep(float(head.headers.get("retry-after", 1)) * (1 + random.random()))
 
     async def _judge(self, connection: Connection, head: Head, case: Case) -> None:
-        answer = _Answer()
+        answer = StreamedAnswer()
         async for event in connection.events(head):
             answer.take(event)
         if answer.error is not None and self._plan.leaving and answer.error["code"] == "shutting_down":
@@ -215,59 +204,6 @@ class Clients:
         if self._num_begun == self._plan.num_clients:
             self._all_begun.set()
             print(json.dumps("begun"), flush=True)
-
-
-class _Answer:
-    """A stream so far."""
-
-    def __init__(self) -> None:
-        self.text = ""
-        self.error: dict[str, Any] | None = None
-        self._finish_reasons: list[str] = []
-        self._usage: dict[str, int] | None = None
-        self._mix: dict[str, float] | None = None
-        self._num_done = 0
-        self._id: str | None = None
-        self._faults: list[str] = []
-
-    def take(self, event: str) -> None:
-        """Reads one event."""
-        if self._num_done:
-            self._faults.append(f"an event behind the end: {event}")
-        if event == "[DONE]":
-            self._num_done += 1
-            return
-        body = json.loads(event)
-        if "error" in body:
-            self.error = body["error"]
-            return
-        if self._id not in (None, body["id"]):
-            self._faults.append(f"an event of another answer: {event}")
-        self._id = body["id"]
-        self._usage = body.get("usage") or self._usage
-        self._mix = body["brainstacks"]["mix"] if "brainstacks" in body else self._mix
-        for choice in body["choices"]:
-            if self._finish_reasons:
-                self._faults.append(f"text behind the finish reason: {event}")
-            self.text += choice["delta"].get("content") or ""
-            if choice["finish_reason"] is not None:
-                self._finish_reasons.append(choice["finish_reason"])
-
-    def difference(self, case: Case) -> str | None:
-        """From the reference, in words; None if there is none."""
-        usage = self._usage or {}
-        facts = {
-            "error": (self.error, None),
-            "faults": (self._faults, []),
-            "text": (self.text, case.text),
-            "finish reasons": (self._finish_reasons, [case.finish_reason]),
-            "ends": (self._num_done, 1),
-            "completion tokens": (usage.get("completion_tokens"), case.completion_tokens),
-            "prompt tokens": (usage.get("prompt_tokens"), case.prompt_tokens),
-            "mix": (self._mix, case.mix),
-        }
-        wrong = [f"{name} {had!r} for {wanted!r}" for name, (had, wanted) in facts.items() if had != wanted]
-        return "; ".join(wrong) or None
 
 
 def _streamed(request: dict[str, Any]) -> bytes:
