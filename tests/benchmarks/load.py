@@ -169,7 +169,7 @@ class _Counts:
             return server.metric("brainstacks_requests_total", endpoint=CHAT, status=status)
 
         failed = sum(requests(str(status)) for status in (500, 502, 503, 504))
-        bad = {status: requests(status) for status in ("404", "429")}
+        bad = {status: requests(status) for status in ("400", "404", "429")}
         return cls(requests("200"), bad, failed, server.metric("brainstacks_completion_tokens_total"))
 
 
