@@ -33,8 +33,8 @@ FIRST_BYTE_QUESTION = "Natalia sold 48 clips in April and half as many in May. H
 def main() -> None:
     """Parses, settles threads before torch is imported, measures, prints."""
     parser = argparse.ArgumentParser(description="What HTTP costs over the engine.")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--users", type=int, default=16)
     parser.add_argument("--first-bytes", type=int, default=60)
     parser.add_argument("--dtype", default="auto")
