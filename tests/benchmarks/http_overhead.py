@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -106,7 +107,7 @@ def throughputs(engine: Any, clients: Any, arguments: argparse.Namespace, extra:
         if not number % 2:
             straight.append(arguments.tokens * len(requests) / submit_all(engine, requests)[1])
     ratios = [http / alone for http, alone in zip(through_http, straight, strict=True)]
-    return {
+    result = {
         "http_tokens_per_second": round(statistics.median(through_http), 1),
         "engine_tokens_per_second": round(statistics.median(straight), 1),
         "overhead": round(1 - statistics.median(through_http) / statistics.median(straight), 4),
@@ -116,6 +117,8 @@ def throughputs(engine: Any, clients: Any, arguments: argparse.Namespace, extra:
         "event_loop_us_per_token": round(1e6 * statistics.median(loop_seconds), 1),
         "client_us_per_token": round(1e6 * statistics.median(client_seconds), 1),
     }
+    print(extra, result, file=sys.stderr)
+    return result
 
 
 def loop_cpu_seconds() -> float:
