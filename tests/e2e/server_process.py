@@ -70,6 +70,12 @@ class ServerProcess:
         self.openai.close()
         self.http.close()
 
+    @property
+    def pid(self) -> int:
+        """Of the process that runs, or ran last."""
+        assert self._process is not None
+        return self._process.pid
+
     def stop(self) -> int:
         """SIGTERM, then the exit status."""
         assert self._process is not None
@@ -125,6 +131,5 @@ class ServerProcess:
 
     def resident_memory_bytes(self) -> int:
         """The process's resident memory as the system counts it."""
-        assert self._process is not None
-        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
