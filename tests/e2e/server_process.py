@@ -100,12 +100,6 @@ class ServerProcess:
             return False
 
     @property
-    def pid(self) -> int:
-        """Of the server's process."""
-        assert self._process is not None
-        return self._process.pid
-
-    @property
     def model(self) -> str:
         """The name of the model that routes."""
         return self.openai.models.list().data[0].id
