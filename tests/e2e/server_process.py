@@ -16,7 +16,7 @@ import httpx
 from openai import OpenAI
 
 ADMIN_KEY = "test-admin-key"
-START_SECONDS = 120.0
+START_SECONDS = 240.0  # a new checkout compiles the kernels at its first start
 STOP_SECONDS = 60.0
 
 
