@@ -289,6 +289,9 @@ class Soak:
             "longest_waits": sorted(self.tally.waits, reverse=True)[:5],
             "median_wait_seconds": statistics.median(seconds for seconds, _ in self.tally.waits),
             "resident_set_bytes": {"second third": memory[0], "last third": memory[1], "ratio": memory[1] / memory[0]},
+            "resident_set_megabytes": [
+                round(s["resident_set_bytes"] / 1e6) for s in samples[:: max(1, len(samples) // 30)]
+            ],
             "threads": [samples[0]["threads"], samples[-1]["threads"]],
             "files": [samples[0]["files"], samples[-1]["files"]],
             "evictions": self._server.metric("brainstacks_stack_cache_evictions_total", tier="device"),
@@ -320,6 +323,7 @@ def run_soak(folder: Path, *, seconds: float, seed: int, log: Callable[[str], No
         "store__import_root": folder / "import",
         "store__verify_interval_seconds": 1,
         "engine__max_batch_rows": 8,
+        "engine__kv_cache_tokens": 4096,  # small, so that all its pages are in use soon and do not look like growth
     }
     with ServerProcess(store, folder / "log", **settings) as server:
         soak = Soak(server, folder, seconds=seconds, seed=seed)
