@@ -8,6 +8,7 @@ import mmap
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,8 @@ class SlotMemory:
             pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryError(f"no memory for {num_bytes} bytes") from error
-        pages.madvise(mmap.MADV_HUGEPAGE)  # zeroed and looked up in larger pieces
+        with suppress(OSError):  # a kernel may be built without them
+            pages.madvise(mmap.MADV_HUGEPAGE)  # zeroed and looked up in larger pieces
         if self._pin is not None:
             self._pin(_address(pages), num_bytes)
         return pages

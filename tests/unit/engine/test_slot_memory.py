@@ -66,6 +66,11 @@ def test_no_more_than_two_free_slots_are_kept() -> None:
     assert len(pins.pinned) == 2
 
 
+def test_a_kernel_without_huge_pages_gives_memory_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmap.MADV_HUGEPAGE", 12345)  # which every kernel refuses, as one without them does
+    assert SlotMemory().allocate(1000, torch.float32).fill_(1.0).sum() == 1000
+
+
 def test_memory_that_cannot_be_had_is_a_memory_error() -> None:
     with pytest.raises(MemoryError, match="no memory for 8000000000000000 bytes"):
         SlotMemory().allocate(10**15, torch.float64)
