@@ -30,7 +30,7 @@ class SlotMemory:
         self._unpin = unpin
         self._max_free = max_free
         self._free: list[mmap.mmap] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what the lock's holder allocates may let a dead slot be collected
 
     @classmethod
     def for_copies_to(cls, device: torch.device) -> "SlotMemory":
@@ -45,6 +45,9 @@ class SlotMemory:
         # Called when neither the tensor nor a view of it needs the pages any more.
         weakref.finalize(view, self._give_back, pages).atexit = False
         return torch.from_numpy(view).view(dtype)
+
+    def __del__(self) -> None:
+        self.release()  # else they would be unmapped while they are pinned, and no page could be pinned there again
 
     def release(self) -> None:
         """Gives free pages back to the system."""
@@ -92,7 +95,7 @@ def _address(pages: mmap.mmap) -> int:
 def _cuda_pin(address: int, num_bytes: int) -> None:
     status = _cuda_runtime().cudaHostRegister(address, num_bytes, 0)
     if int(status) != 0:
-        raise MemoryError(f"{num_bytes} bytes of host memory cannot be pinned: {status}")
+        raise MemoryError(f"{num_bytes} bytes of host memory cannot be pinned: CUDA error {int(status)}")
 
 
 def _cuda_unpin(address: int) -> None:

@@ -20,9 +20,11 @@ SCRATCH = {"mids": "*fp32", "experts": "*i64"}
 PLACE = {"rank_rows": "i32", "expert_rows": "i32", "num_rows": "i32", "num_projections": "i32"}
 CACHE = {"keys": "*bf16", "values": "*bf16", "head_stride": "i32", "tables": "*i64", "table_stride": "i32"}
 QUERY = {"query": "*bf16", "query_head_stride": "i32", "query_row_stride": "i32", "num_heads": "i32"}
-MIX = {"dtype": tl.bfloat16, "width": kernels.COLUMNS}
-ROOM = {"most_choices": kernels.MOST_CHOICES, "most_ranks": kernels.MOST_RANKS}
-HEADS = {"group": 3, "size": 64, "most_group": 16, "most_size": 64, "block": BLOCK_TOKENS}
+ROOM = {"most_choices": kernels.MOST_CHOICES, "most_ranks": kernels.MOST_RANKS, "rank_tile": kernels.RANK_TILE}
+CHOOSE = ROOM | {"dtype": tl.bfloat16, "most_experts": kernels.MOST_EXPERTS, "width": kernels.MOST_INPUTS_AT_ONCE}
+ADD = ROOM | {"dtype": tl.bfloat16, "stacks_at_once": kernels.STACKS_AT_ONCE, "width": kernels.COLUMNS}
+TILES = {"block": BLOCK_TOKENS, "tile": kernels.POSITIONS}
+ATTEND = TILES | {"group": 3, "size": 64, "most_group": 16, "most_size": 64}
 
 
 def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int) -> int:
@@ -43,11 +45,9 @@ def main() -> None:
     attend = CACHE | QUERY | {"lengths": "*i64", "output": "*bf16", "scaling": "fp32"}
     for architecture in ARCHITECTURES:
         wanted = [
-            compile_kernel(
-                kernels._choose_kernel, choose, MIX | ROOM | {"most_experts": kernels.MOST_EXPERTS}, architecture
-            ),
-            compile_kernel(kernels._add_kernel, add, MIX | ROOM, architecture),
-            *(compile_kernel(kernels._attend_kernel, attend, HEADS | {"window": n}, architecture) for n in (0, 512)),
+            compile_kernel(kernels._choose_kernel, choose, CHOOSE, architecture),
+            compile_kernel(kernels._add_kernel, add, ADD, architecture),
+            *(compile_kernel(kernels._attend_kernel, attend, ATTEND | {"window": n}, architecture) for n in (0, 512)),
         ]
         print(*wanted, sep="\n")
 

@@ -22,7 +22,13 @@ from engine.model.moe_lora import GroupPlace
 MOST_EXPERTS = 16
 MOST_CHOICES = 4
 MOST_RANKS = 64
-COLUMNS = 128  # of a weight that a program holds at once
+
+# What a program holds at once: enough loads that wait for memory side by side, and few enough registers.
+RANK_TILE = 16
+MOST_INPUTS_AT_ONCE = 2048
+COLUMNS = 64
+STACKS_AT_ONCE = 2
+POSITIONS = 64
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -60,7 +66,7 @@ def choose_experts(x: Tensor, stacks: RowStacks, place: GroupPlace, scratch: Cho
     """(B, I) -> the scratch: gates, softmax over the K largest, A products, for all projections of a group."""
     num_stacks, rows = stacks.addresses.shape
     _, _, num_projections, most_choices, most_ranks = scratch.mids.shape
-    _choose_kernel[num_stacks, rows, num_projections](
+    _choose_kernel[num_stacks, rows, num_projections * most_choices](
         x,
         *(stacks.addresses, stacks.addresses.stride(0), stacks.shapes, stacks.shapes.stride(0), stacks.weights),
         *(scratch.mids, scratch.experts),
@@ -69,7 +75,9 @@ def choose_experts(x: Tensor, stacks: RowStacks, place: GroupPlace, scratch: Cho
         most_experts=MOST_EXPERTS,
         most_choices=most_choices,
         most_ranks=most_ranks,
-        width=COLUMNS,
+        rank_tile=RANK_TILE,
+        width=min(MOST_INPUTS_AT_ONCE, triton.next_power_of_2(place.num_in)),
+        num_warps=8,
     )
 
 
@@ -89,6 +97,8 @@ def add_chosen(y: Tensor, stacks: RowStacks, place: GroupPlace, projection: int,
         dtype=TRITON_DTYPES[y.dtype],
         most_choices=most_choices,
         most_ranks=most_ranks,
+        stacks_at_once=STACKS_AT_ONCE,
+        rank_tile=RANK_TILE,
         width=COLUMNS,
     )
 
@@ -110,6 +120,7 @@ def attend(
         most_group=max(16, triton.next_power_of_2(group)),  # the least that tl.dot takes
         most_size=max(16, triton.next_power_of_2(size)),
         block=BLOCK_TOKENS,
+        tile=POSITIONS,
     )
     return output
 
@@ -119,23 +130,30 @@ def _choose_kernel(
     x, addresses, address_stride, shapes, shape_stride, weights, mids, experts,
     rank_rows, expert_rows, num_in, num_rows, num_projections,
     dtype: tl.constexpr, most_experts: tl.constexpr, most_choices: tl.constexpr, most_ranks: tl.constexpr,
-    width: tl.constexpr,
+    rank_tile: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    stack, row, projection = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """One program for each stack, row, projection and choice: all gates again, then A of the one expert.
+
+    A row's few numbers are far too little work for a GPU, so what counts is how many loads wait for each other: reading
+    the gates once per choice costs nothing beside a second kernel or a longer loop.
+    """
+    stack, row = tl.program_id(0), tl.program_id(1)
+    projection, choice = tl.program_id(2) // most_choices, tl.program_id(2) % most_choices
     entry = stack * address_stride + row
     address = tl.load(addresses + entry)
-    if address == 0:
-        return
     num_experts = tl.load(shapes + entry)
     rank = tl.load(shapes + shape_stride + entry)
     top_k = tl.load(shapes + 2 * shape_stride + entry)
     weight = tl.load(weights + entry)
+    if (address == 0) | (choice >= top_k):
+        return
     ranks_of_all = num_experts * rank
-    a = address.to(tl.pointer_type(dtype)) + ranks_of_all * rank_rows + num_experts * expert_rows
+    # The compiler cannot know how an address out of memory is aligned; a stack's memory is (slot_memory.py).
+    a = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16) + ranks_of_all * rank_rows + num_experts * expert_rows
     a += projection * (ranks_of_all + num_experts) * num_in
     gates = a + ranks_of_all * num_in
     x += row * num_in
-    columns, numbers, ranks = tl.arange(0, width), tl.arange(0, most_experts), tl.arange(0, most_ranks)
+    columns, numbers = tl.arange(0, width), tl.arange(0, most_experts)
 
     logits = tl.zeros([most_experts], tl.float32)
     for first in range(0, num_in, width):
@@ -144,57 +162,67 @@ def _choose_kernel(
         at = gates + numbers[:, None] * num_in + first + columns[None, :]
         gate = tl.load(at, mask=(numbers < num_experts)[:, None] & inside[None, :], other=0.0).to(tl.float32)
         logits += tl.sum(gate * part[None, :], axis=1)
-    logits = tl.where(numbers < num_experts, logits, -float("inf"))
+    left = tl.where(numbers < num_experts, logits, -float("inf"))
 
-    largest = tl.max(logits, axis=0)
-    left = logits
-    total = 0.0
-    for _ in range(top_k):
-        total += tl.exp(tl.max(left, axis=0) - largest)
-        left = tl.where(numbers == tl.argmax(left, axis=0), -float("inf"), left)
-    left = logits
-    for choice in range(top_k):
+    largest = tl.max(left, axis=0)
+    total, share, expert = 0.0, 0.0, num_experts * 0
+    for number in range(top_k):
         # An input that is not a number has no largest logit; nothing may be read outside the stack for it.
-        expert = tl.minimum(tl.argmax(left, axis=0), num_experts - 1)
-        share = tl.exp(tl.max(left, axis=0) - largest) / total * weight
-        left = tl.where(numbers == expert, -float("inf"), left)
-        sums = tl.zeros([most_ranks], tl.float32)
+        next_expert = tl.minimum(tl.argmax(left, axis=0), num_experts - 1)
+        next_share = tl.exp(tl.max(left, axis=0) - largest)
+        total += next_share
+        share = tl.where(number == choice, next_share, share)
+        expert = tl.where(number == choice, next_expert, expert)
+        left = tl.where(numbers == next_expert, -float("inf"), left)
+
+    place = ((stack * num_rows + row) * num_projections + projection) * most_choices + choice
+    tl.store(experts + place, expert)
+    for first_rank in range(0, rank, rank_tile):
+        ranks = first_rank + tl.arange(0, rank_tile)
+        sums = tl.zeros([rank_tile], tl.float32)
         for first in range(0, num_in, width):
             inside = first + columns < num_in
             part = tl.load(x + first + columns, mask=inside, other=0.0).to(tl.float32)
             at = a + (expert * rank + ranks)[:, None] * num_in + first + columns[None, :]
             values = tl.load(at, mask=(ranks < rank)[:, None] & inside[None, :], other=0.0).to(tl.float32)
             sums += tl.sum(values * part[None, :], axis=1)
-        place = ((stack * num_rows + row) * num_projections + projection) * most_choices + choice
-        tl.store(experts + place, expert.to(tl.int64))
-        tl.store(mids + place * most_ranks + ranks, sums * share)
+        tl.store(mids + place * most_ranks + ranks, sums * (share / total * weight), mask=ranks < rank)
 
 
 @triton.jit
 def _add_kernel(
     y, addresses, address_stride, shapes, shape_stride, mids, experts,
     rank_rows, expert_rows, num_out, num_stacks, num_rows, num_projections, projection,
-    dtype: tl.constexpr, most_choices: tl.constexpr, most_ranks: tl.constexpr, width: tl.constexpr,
+    dtype: tl.constexpr, most_choices: tl.constexpr, most_ranks: tl.constexpr,
+    stacks_at_once: tl.constexpr, rank_tile: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
+    """One program for each row and panel of columns; the rows of B of several stacks' chosen experts are one tile."""
     row, panel = tl.program_id(0), tl.program_id(1)
-    columns, ranks = panel * width + tl.arange(0, width), tl.arange(0, most_ranks)
+    columns = panel * width + tl.arange(0, width)
+    lines = tl.arange(0, stacks_at_once * most_choices * rank_tile)
+    choices, ranks_of_tile = (lines // rank_tile) % most_choices, lines % rank_tile
     inside = columns < num_out
     total = tl.zeros([width], tl.float32)
-    for stack in range(num_stacks):
-        entry = stack * address_stride + row
-        address = tl.load(addresses + entry)
-        if address != 0:
-            num_experts = tl.load(shapes + entry)
-            rank = tl.load(shapes + shape_stride + entry)
-            top_k = tl.load(shapes + 2 * shape_stride + entry)
-            b = address.to(tl.pointer_type(dtype)) + num_experts * rank * rank_rows + num_experts * expert_rows
-            for choice in range(top_k):
-                place = ((stack * num_rows + row) * num_projections + projection) * most_choices + choice
-                expert = tl.load(experts + place)
-                mid = tl.load(mids + place * most_ranks + ranks, mask=ranks < rank, other=0.0)
-                at = b + (expert * rank + ranks)[:, None] * num_out + columns[None, :]
-                values = tl.load(at, mask=(ranks < rank)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-                total += tl.sum(mid[:, None] * values, axis=0)
+    for first_stack in range(0, num_stacks, stacks_at_once):
+        stacks = first_stack + lines // (rank_tile * most_choices)
+        is_stack = stacks < num_stacks
+        entries = stacks * address_stride + row
+        address = tl.load(addresses + entries, mask=is_stack, other=0)
+        num_experts = tl.load(shapes + entries, mask=is_stack, other=0)
+        rank = tl.load(shapes + shape_stride + entries, mask=is_stack, other=0)
+        top_k = tl.load(shapes + 2 * shape_stride + entries, mask=is_stack, other=0)
+        rank = tl.where((address != 0) & (choices < top_k), rank, 0)
+        places = ((stacks * num_rows + row) * num_projections + projection) * most_choices + choices
+        expert = tl.load(experts + places, mask=is_stack, other=0)
+        b = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+        b += num_experts * rank * rank_rows + num_experts * expert_rows
+        for first_rank in range(0, tl.max(rank, axis=0), rank_tile):
+            ranks = first_rank + ranks_of_tile
+            is_read = ranks < rank
+            mid = tl.load(mids + places * most_ranks + ranks, mask=is_read, other=0.0)
+            at = b[:, None] + (expert * rank + ranks)[:, None] * num_out + columns[None, :]
+            values = tl.load(at, mask=is_read[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            total += tl.sum(mid[:, None] * values, axis=0)
     before = tl.load(y + row * num_out + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row * num_out + columns, (before + total).to(dtype), mask=inside)
 
@@ -204,35 +232,36 @@ def _attend_kernel(
     query, query_head_stride, query_row_stride, keys, values, head_stride, tables, table_stride, lengths, output,
     num_heads, scaling,
     window: tl.constexpr, group: tl.constexpr, size: tl.constexpr,
-    most_group: tl.constexpr, most_size: tl.constexpr, block: tl.constexpr,
+    most_group: tl.constexpr, most_size: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     row, key_head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + row)
     first = length * 0
     if window > 0:
         first = tl.maximum(0, length - window)
-    members, places, tokens = tl.arange(0, most_group), tl.arange(0, most_size), tl.arange(0, block)
+    members, places, tokens = tl.arange(0, most_group), tl.arange(0, most_size), tl.arange(0, tile)
     heads = key_head * group + members
     is_query = (members < group)[:, None] & (places < size)[None, :]
     at = query + heads[:, None] * query_head_stride + row * query_row_stride + places[None, :]
-    wanted = tl.load(at, mask=is_query, other=0.0).to(tl.float32)  # the step waits for memory, not for products
+    wanted = tl.load(at, mask=is_query, other=0.0).to(tl.float32)
     best = tl.full([most_group], -float("inf"), tl.float32)
     total = tl.zeros([most_group], tl.float32)
     summed = tl.zeros([most_group, most_size], tl.float32)
-    for number in range(first // block, (length + block - 1) // block):
-        positions = number * block + tokens
+    for number in range(first // tile, (length + tile - 1) // tile):
+        positions = number * tile + tokens
         is_read = (positions >= first) & (positions < length)
-        place = tl.load(tables + number * table_stride + row) * block + tokens
+        blocks = tl.load(tables + (positions // block) * table_stride + row, mask=is_read, other=0)
+        place = blocks * block + positions % block
         offsets = key_head.to(tl.int64) * head_stride + place[:, None] * size + places[None, :]
         is_key = is_read[:, None] & (places < size)[None, :]
         key = tl.load(keys + offsets, mask=is_key, other=0.0).to(tl.float32)
-        scores = tl.dot(wanted, tl.trans(key), input_precision="ieee") * scaling
+        value = tl.load(values + offsets, mask=is_key, other=0.0).to(tl.float32)
+        scores = tl.dot(wanted, tl.trans(key), input_precision="tf32x3") * scaling
         scores = tl.where(is_read[None, :], scores, -float("inf"))
-        # Every block that is read has a position that is read, so the greatest score is finite.
+        # Every tile has a position that is read, so the greatest score is finite.
         greatest = tl.maximum(best, tl.max(scores, axis=1))
         kept, shares = tl.exp(best - greatest), tl.exp(scores - greatest[:, None])
-        value = tl.load(values + offsets, mask=is_key, other=0.0).to(tl.float32)
-        summed = summed * kept[:, None] + tl.dot(shares, value, input_precision="ieee")
+        summed = summed * kept[:, None] + tl.dot(shares, value, input_precision="tf32x3")
         total = total * kept + tl.sum(shares, axis=1)
         best = greatest
     at = output + (row * num_heads + heads[:, None]) * size + places[None, :]

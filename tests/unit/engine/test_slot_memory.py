@@ -1,6 +1,7 @@
 """Pages of slots: exact, used again, and given back. What pins them is CUDA's, and recorded here instead."""
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -64,6 +65,34 @@ def test_no_more_than_two_free_slots_are_kept() -> None:
     tensors.clear()
     gc.collect()
     assert len(pins.pinned) == 2
+
+
+def test_nothing_stays_pinned_behind_the_last_tensor_of_a_memory_that_is_gone() -> None:
+    pins = Pins()
+    kept, gone = pins.memory.allocate(100, torch.uint8), pins.memory.allocate(100, torch.uint8)
+    address = kept.data_ptr()
+    del gone, pins.memory
+    gc.collect()
+    assert pins.pinned.keys() >= {address}  # the memory lives on for its tensors
+    del kept
+    gc.collect()
+    assert not pins.pinned
+
+
+def test_a_slot_may_be_collected_while_pages_are_looked_for() -> None:
+    pins = Pins()
+    kept = [pins.memory.allocate(100, torch.uint8), pins.memory.allocate(100, torch.uint8)]
+
+    class Lookup(list):  # type: ignore[type-arg]
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            kept.clear()  # as the collector does at any allocation
+            return super().__iter__()
+
+    pins.memory._free = Lookup()
+    thread = threading.Thread(target=pins.memory.allocate, args=(100, torch.uint8), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_a_kernel_without_huge_pages_gives_memory_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
