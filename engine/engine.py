@@ -48,6 +48,7 @@ STEP_TOKENS = 512
 FUSED_STEP_TOKENS = 128  # whose activations a core's second-level cache holds; more would not be faster
 FUSED_PROMPT_TOKENS = 8  # beside one stream, such a step takes about twice as long as one without them
 IDLE_WAIT_SECONDS = 0.5  # how often an idle engine shows that it is alive
+MAX_FAILED_STEPS = 8  # one after the other: then it is not a request that is at fault
 PROMPT_LOGITS_ROWS = 64  # positions whose logits over the whole vocabulary are in memory at once
 
 T = TypeVar("T")
@@ -137,6 +138,7 @@ class Engine:
             max_step_tokens=max_step_tokens,
             prompt_tokens_beside_decode=prompt_tokens_beside_decode,
         )
+        self._failed_steps = 0  # since the last one that did not fail
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._sequences: dict[str, Sequence] = {}
         self._jobs: deque[_Job[Any]] = deque()
@@ -263,7 +265,7 @@ class Engine:
                 if rows:
                     self._step(rows)
                 self._beat()
-        except Exception as error:
+        except BaseException as error:  # a panic in Rust is no Exception; nothing may end this thread unheard
             logger.exception("engine loop ended by an error")
             reason = EngineFailed(f"the engine's loop ended by an error: {error}")
         with self._admission:
@@ -322,6 +324,11 @@ class Engine:
         except Exception as error:  # the engine outlives a step that fails, its requests do not
             logger.exception("step failed rows=%d", len(rows))
             self._fail_all(EngineFailed(f"a step of the engine failed: {error}"))
+            self._failed_steps += 1
+            if self._failed_steps == MAX_FAILED_STEPS:
+                raise EngineFailed(f"{MAX_FAILED_STEPS} steps failed one after the other: {error}") from error
+        else:
+            self._failed_steps = 0
         self._steps += 1
 
     def _report_prompts(self, output: StepOutput) -> None:

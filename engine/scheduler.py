@@ -1,9 +1,10 @@
 """Decides which sequences run in the next step. Knows token counts and cache blocks, not tensors.
 
-Oldest first: a sequence that waits for cache room is never overtaken, so none starves, but for texts that are only
-read. These are short, somebody waits for them who cannot start before, and they come first. Running sequences always
-get their next token; what is left of a step's token budget goes to prompts, the oldest first, in chunks. Beside
-sequences that decode, prompts may have a smaller budget, which bounds how long a stream waits for its next token.
+Oldest first: a sequence that waits for cache room is never overtaken, but for texts that are only read. These are
+short, somebody waits for them who cannot start before, and they come first; but few are read at a time, and half of a
+step's token budget is the prompts', so that none starves. Running sequences always get their next token; what is left
+of the budget goes to prompts, the oldest first, in chunks. Beside sequences that decode, prompts may have a smaller
+budget, which bounds how long a stream waits for its next token.
 
 A sequence starts once there are blocks for all tokens that it has, and takes more as it grows. When none are left, the
 youngest gives its blocks up and waits to be computed again, before all others that wait. The oldest always goes on, so
@@ -11,11 +12,14 @@ every sequence ends.
 """
 
 from collections import deque
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 from engine.block_table import BLOCK_TOKENS, BlockTable, num_blocks_for
 from engine.kv_cache import KvCache
 from engine.sequence import Sequence
+
+MAX_READS = 4  # texts that are read at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +45,26 @@ class Scheduler:
         self.max_rows = max_rows
         self.max_step_tokens = max_step_tokens
         self.prompt_tokens_beside_decode = prompt_tokens_beside_decode
-        self.waiting: deque[Sequence] = deque()
+        self._reads: deque[Sequence] = deque()
+        self._prompts: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preempted = 0  # how often a sequence gave its blocks up
 
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Those that have no blocks, in the order in which they come in while there is room for all kinds."""
+        return [*self._reads, *self._prompts]
+
     def add(self, sequence: Sequence) -> None:
-        """Puts a sequence at the end of the queue, or behind others that are only read."""
-        place = len(self.waiting)
-        if sequence.is_read_only:
-            place = next((n for n, other in enumerate(self.waiting) if not other.is_read_only), place)
-        self.waiting.insert(place, sequence)
+        """Puts a sequence at the end of its queue."""
+        self._queue_of(sequence).append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, whatever it is doing, and lets go of its blocks: the one place where that happens."""
         if sequence in self.running:
             self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        elif sequence in self._queue_of(sequence):
+            self._queue_of(sequence).remove(sequence)
         self.kv_cache.release(sequence.table.blocks)
         sequence.start_over()
 
@@ -70,11 +77,11 @@ class Scheduler:
         if rows and self.prompt_tokens_beside_decode is not None:
             # A step of many rows takes as long again only with as many more tokens.
             budget = min(budget, max(self.prompt_tokens_beside_decode, len(rows)))
-        for sequence in sorted(self.running, key=lambda one: not one.is_read_only):
-            if not sequence.is_at_its_end and budget > 0:
-                rows.append(ScheduledRow(sequence, min(sequence.num_pending, budget)))
-                budget -= rows[-1].num_tokens
-        return rows
+        pending = [sequence for sequence in self.running if not sequence.is_at_its_end]
+        reads = [sequence for sequence in pending if sequence.is_read_only]
+        prompts = [sequence for sequence in pending if not sequence.is_read_only]
+        read_rows = _chunks(reads, (budget + 1) // 2 if prompts else budget)
+        return rows + read_rows + _chunks(prompts, budget - sum(row.num_tokens for row in read_rows))
 
     def advance(self, row: ScheduledRow) -> None:
         """The row's tokens were computed; blocks that they filled can be shared from now on."""
@@ -110,26 +117,42 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Sends a running sequence back to wait. It keeps its tokens and computes them again, so it goes on exactly."""
         self.remove(sequence)
-        self.waiting.appendleft(sequence)
+        self._queue_of(sequence).appendleft(sequence)
         self.num_preempted += 1
 
     def _admit(self) -> None:
-        while self.waiting and (self.waiting[0].is_read_only or self._num_generating() < self.max_rows):
-            sequence = self.waiting[0]
-            known = self._find_known(sequence)
-            num_new = num_blocks_for(len(sequence.token_ids)) - len(known)
-            # Each of those that run can grow by one more block before somebody has to give way.
-            blocks = self.kv_cache.take(known, num_new, spare=len(self.running))
-            if blocks is None:
-                return
-            self.running.append(self.waiting.popleft())
-            sequence.start(BlockTable.of(blocks), len(known) * BLOCK_TOKENS)
+        for queue, most in ((self._reads, MAX_READS), (self._prompts, self.max_rows)):
+            num_running = sum(self._queue_of(sequence) is queue for sequence in self.running)
+            while queue and num_running < most and self._start(queue[0]):
+                self.running.append(queue.popleft())
+                num_running += 1
 
-    def _num_generating(self) -> int:
-        return sum(not sequence.is_read_only for sequence in self.running)
+    def _start(self, sequence: Sequence) -> bool:
+        """Takes blocks for all tokens that it has, unless there are too few."""
+        known = self._find_known(sequence)
+        num_new = num_blocks_for(len(sequence.token_ids)) - len(known)
+        # Each of those that run can grow by one more block before somebody has to give way.
+        blocks = self.kv_cache.take(known, num_new, spare=len(self.running))
+        if blocks is not None:
+            sequence.start(BlockTable.of(blocks), len(known) * BLOCK_TOKENS)
+        return blocks is not None
+
+    def _queue_of(self, sequence: Sequence) -> deque[Sequence]:
+        return self._reads if sequence.is_read_only else self._prompts
 
     def _find_known(self, sequence: Sequence) -> list[int]:
         """Blocks that hold the beginning of a sequence. At least one token is left to compute: it is sampled from."""
         if sequence.states_layer is not None:
             return []
         return self.kv_cache.find(sequence.keys((len(sequence.token_ids) - 1) // BLOCK_TOKENS))
+
+
+def _chunks(sequences: Rows[Sequence], budget: int) -> list[ScheduledRow]:
+    """The next tokens of each, in order, as far as the budget goes."""
+    rows = []
+    for sequence in sequences:
+        if budget <= 0:
+            break
+        rows.append(ScheduledRow(sequence, min(sequence.num_pending, budget)))
+        budget -= rows[-1].num_tokens
+    return rows

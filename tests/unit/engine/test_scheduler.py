@@ -219,6 +219,24 @@ def test_what_is_only_read_goes_first_and_leaves_nothing() -> None:
     assert plan.kv_cache.find(again.keys(1)) == []
 
 
+def test_a_flood_of_texts_leaves_half_of_the_budget_and_most_of_the_cache_to_prompts() -> None:
+    stream, prompt = sequence("stream", prompt=3, max_tokens=99), sequence("prompt", prompt=60, first_token=9)
+    plan = Scheduler(KvCache(20), max_rows=2, max_step_tokens=16, prompt_tokens_beside_decode=8)
+    plan.add(stream)
+    step(plan)
+    for number in range(50):
+        plan.add(sequence(f"text {number}", prompt=20, read_layer=1))
+    plan.add(prompt)
+    computed = []
+    while not prompt.num_output:
+        rows = step(plan)
+        computed += [row.num_tokens for row in rows if row.sequence is prompt]
+        for ended in [one for one in plan.running if one.is_read_only and one.num_pending == 0]:
+            plan.remove(ended)
+            plan.add(sequence(f"after {ended.request.request_id}", prompt=20, read_layer=1))
+    assert computed[:15] == [4] * 15
+
+
 def test_the_last_token_of_what_is_only_read_is_no_stream() -> None:
     plan = Scheduler(KvCache(60), max_rows=4, max_step_tokens=16, prompt_tokens_beside_decode=3)
     plan.add(sequence("prompt", prompt=40))
