@@ -11,12 +11,6 @@ class Admission:
         self.admitted = 0
 
     def admit(self, count: int) -> "Ticket":
-        """Raises what require_room does."""
-        self.require_room(count)
-        self.admitted += count
-        return Ticket(self, count)
-
-    def require_room(self, count: int) -> None:
         """QueueFull when the house is full; InvalidRequest for a request that could never come in."""
         if count > self.limit:
             raise InvalidRequest(
@@ -26,14 +20,22 @@ class Admission:
             raise QueueFull(
                 f"{self.admitted} sequences are running or waiting, the limit is {self.limit}; try again soon"
             )
+        self.admitted += count
+        return Ticket(self, count)
 
 
 class Ticket:
-    """Room for some sequences, given back once."""
+    """Room for some sequences, given back once, at the latest behind a `with` block."""
 
     def __init__(self, admission: Admission, count: int) -> None:
         self._admission = admission
         self._count = count
+
+    def __enter__(self) -> "Ticket":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
 
     def give_back(self) -> None:
         """Idempotent."""

@@ -6,7 +6,6 @@ import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -24,6 +23,7 @@ from server.routes import admin, health, openai, playground
 from server.service import Service
 from server.store_admin import StoreAdmin
 from server.tracing import Tracer, open_tracer
+from server.version import package_version
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def create_app(
     Without a `tracer`, requests are traced as the settings say.
     """
     if tracer is None:
-        tracer = open_tracer(settings.telemetry, version=_version())
+        tracer = open_tracer(settings.telemetry, version=package_version())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -74,7 +74,7 @@ def create_app(
     # The interactive documentation would load its scripts from another host; /openapi.json stays.
     app = DocumentedApi(
         title="Brainstacks",
-        version=_version(),
+        version=package_version(),
         lifespan=lifespan,
         redirect_slashes=False,
         docs_url=None,
@@ -123,11 +123,3 @@ async def _stop_engine(engine: EnginePort) -> bool:
     if thread.is_alive():
         logger.critical("engine stuck seconds=%.1f: its step does not end", ENGINE_STOP_SECONDS)
     return not thread.is_alive()
-
-
-def _version() -> str:
-    """A checkout that was never installed has none."""
-    try:
-        return version("brainstacks")
-    except PackageNotFoundError:
-        return "uninstalled"

@@ -1,5 +1,7 @@
 """Finds what a request's app was made of. Knows where create_app keeps it."""
 
+import asyncio
+
 from starlette.requests import Request
 
 from server.config import Settings
@@ -34,3 +36,8 @@ def settings_of(request: Request) -> Settings:
     settings = request.app.state.settings
     assert isinstance(settings, Settings)
     return settings
+
+
+def deadline_of(request: Request) -> float:
+    """In the event loop's own clock, when a request whose body has come must have been answered."""
+    return asyncio.get_running_loop().time() + settings_of(request).server.request_timeout_seconds

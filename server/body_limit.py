@@ -36,6 +36,8 @@ class BodyLimit:
             except TimeoutError:
                 detail = f"the body did not come within {self._timeout_seconds:g} seconds"
                 raise HTTPException(408, detail, {"connection": "close"}) from None
+            if message["type"] == "http.disconnect" and not is_upload:  # uploads tell it themselves
+                raise HTTPException(499, "the client hung up before its body was complete")
             is_complete = not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_body_bytes and not is_upload:

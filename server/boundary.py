@@ -21,7 +21,8 @@ from server.tracing import RequestTrace, Tracer, trace_var
 logger = logging.getLogger(__name__)
 
 CLIENT_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
-QUIET_ENDPOINTS = frozenset({"/metrics", "/health", "/health/live", "/health/ready", "/admin/cache"})
+PROBES = frozenset({"/metrics", "/health", "/health/live", "/health/ready"})
+QUIET_ENDPOINTS = PROBES | {"/admin/cache"}  # asked again and again: logged at DEBUG, unless they are refused
 UNKNOWN_ENDPOINT = "other"
 TRACE_NAMES = {
     "mix": "brainstacks.mix",
@@ -109,7 +110,8 @@ class RequestBoundary:
         facts = _generation_facts(record.generation)
         if record.charge is not None and record.generation is not None:
             record.charge(record.generation.tokens_used)
-        level = logging.DEBUG if endpoint in QUIET_ENDPOINTS else logging.INFO
+        is_quiet = endpoint in QUIET_ENDPOINTS and record.status < 400
+        level = logging.DEBUG if is_quiet else logging.INFO
         seconds = time.monotonic() - record.began
         logger.log(
             level,

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -41,6 +40,7 @@ from server.service import Service
 from server.sources import Sources
 from server.store_admin import StoreAdmin
 from server.token_text import TokenText
+from server.version import package_version
 from stack_store.cache import ResidentCache
 from stack_store.downloads import Downloader
 from stack_store.errors import ObjectStorageInvalid
@@ -79,7 +79,7 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
         seed_store(settings.store.path, demo)
     registry = _open_store(settings.store.path, base)
     engine = _make_engine(base, settings)
-    metrics = ServerMetrics(version=_version(), base=base.model_id)
+    metrics = ServerMetrics(version=package_version(), base=base.model_id)
     versions = Versions()
     budget_bytes = settings.store.device_budget_bytes or available_memory_bytes(base.device) // AUTO_BUDGET_SHARE
     prepare_loads(base.dtype)
@@ -89,7 +89,7 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
         budget_bytes=budget_bytes,
         load=DeviceLoader(files, host),
         observer=TierMetrics(metrics, "device", FILE_SOURCE if host is None else HOST_SOURCE),
-        executor=_one_threaded("stack-loader", settings.store.loader_threads),
+        executor=_pool_without_teams("stack-loader", settings.store.loader_threads),
     )
     metrics.cache_budget.labels("device").set(budget_bytes)
     catalog = Catalog(
@@ -109,7 +109,11 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
         catalog=catalog,
         routing=routing,
         # A copy, because the engine's thread uses the original.
-        reader=PromptReader(copy.deepcopy(base.tokenizer), max_model_len=engine.max_model_len),
+        reader=PromptReader(
+            copy.deepcopy(base.tokenizer),
+            max_model_len=engine.max_model_len,
+            vocabulary_size=base.text_config.vocab_size,
+        ),
         grammars=GrammarCompiler(
             base.tokenizer, vocabulary=base.text_config.vocab_size, eos_token_ids=base.eos_token_ids
         ),
@@ -139,7 +143,7 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
         budget_bytes,
         torch.get_num_threads(),
     )
-    return create_app(service, store_admin, settings, workers=_one_threaded("worker", NUM_WORKERS))
+    return create_app(service, store_admin, settings, workers=_pool_without_teams("worker", NUM_WORKERS))
 
 
 def _make_host_tier(files: FileLoader, settings: StoreSettings) -> ResidentCache[ResidentDomain] | None:
@@ -160,7 +164,7 @@ def _make_host_tier(files: FileLoader, settings: StoreSettings) -> ResidentCache
         budget_bytes=budget_bytes,
         load=files,
         observer=TierMetrics(files.metrics, "host", FILE_SOURCE),
-        executor=_one_threaded("stack-reader", settings.loader_threads),
+        executor=_pool_without_teams("stack-reader", settings.loader_threads),
     )
 
 
@@ -175,15 +179,7 @@ def _make_gap_log(settings: ServerSettings) -> GapLog | None:
     return None if settings.gap_log is None else GapLog(settings.gap_log, max_bytes=settings.gap_log_bytes)
 
 
-def _version() -> str:
-    """A checkout that was never installed has none."""
-    try:
-        return version("brainstacks")
-    except PackageNotFoundError:
-        return "uninstalled"
-
-
-def _one_threaded(name: str, count: int) -> ThreadPoolExecutor:
+def _pool_without_teams(name: str, count: int) -> ThreadPoolExecutor:
     """Threads whose own tensor work has no team: a team each would fight the engine's for the cores."""
     return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=partial(torch.set_num_threads, 1))
 
@@ -251,5 +247,5 @@ def _make_routing(engine: Engine, base: Base, registry: StackRegistry) -> Routin
     path = registry.router_path()
     if path is None:
         logger.warning("store has no router path=%s: requests are answered by the base alone", registry.path)
-    threads = _one_threaded("router", NUM_ROUTER_THREADS)
+    threads = _pool_without_teams("router", NUM_ROUTER_THREADS)
     return Routing(threads.submit, load_router=load_router, router=None if path is None else load_router(path))

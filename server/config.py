@@ -110,6 +110,14 @@ class ServerSettings(_Section):
             raise ValueError("a key must not be empty")
         return keys
 
+    @field_validator("api_keys", "admin_key")
+    @classmethod
+    def _keys_that_can_be_sent(cls, value: list[str] | str | None) -> list[str] | str | None:
+        for key in [value] if isinstance(value, str) else value or []:
+            if key != key.strip():  # clients' keys are stripped, so that nobody could ever send it
+                raise ValueError("a key must not begin or end with white space")
+        return value
+
     @field_validator("admin_key")
     @classmethod
     def _key_of_its_own(cls, key: str | None, checked: ValidationInfo) -> str | None:

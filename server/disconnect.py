@@ -1,12 +1,17 @@
 """Runs work for a client only as long as the client is there and within its time. Knows ASGI messages, not the work."""
 
 import asyncio
-from collections.abc import Coroutine
+import logging
+from collections.abc import Awaitable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.types import Receive
 
 from server.errors import ClientGone, RequestTimedOut
+
+logger = logging.getLogger(__name__)
+
+LAST_SENDS_SECONDS = 5.0  # a client that has stopped reading would keep its task for ever
 
 T = TypeVar("T")
 
@@ -31,6 +36,15 @@ async def run_for_client(receive: Receive, work: Coroutine[Any, Any, T], *, dead
         for part in (task, watcher):
             part.cancel()
         await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def send_last(sending: Awaitable[None], *, within_seconds: float = LAST_SENDS_SECONDS) -> None:
+    """The end of an answer, unless the client has stopped reading."""
+    try:
+        async with asyncio.timeout(within_seconds):
+            await sending
+    except TimeoutError:
+        logger.warning("end of answer not sent reason='the client does not read'")
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -4,20 +4,16 @@ Health and metrics are answered until the process ends. Lives on the event loop,
 """
 
 import asyncio
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.boundary import QUIET_ENDPOINTS, RequestRecord
+from server.boundary import PROBES, RequestRecord
+from server.disconnect import send_last
 from server.error_responses import event_of, response_to
 from server.errors import ShuttingDown, answer_for
-
-logger = logging.getLogger(__name__)
-
-LAST_SENDS_SECONDS = 5.0  # for telling a client that may not read
 
 
 class Drain:
@@ -57,7 +53,7 @@ class DrainGate:
         self._drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in QUIET_ENDPOINTS:
+        if scope["type"] != "http" or scope["path"] in PROBES:
             await self._app(scope, receive, send)
             return
         answer = _AnswerWatch(send, self._drain)
@@ -104,11 +100,7 @@ async def _tell(error: ShuttingDown, answer: _AnswerWatch, scope: Scope, receive
     record.status = answer_for(error).status
     if answer.is_started and not answer.is_event_stream:
         raise error
-    try:
-        async with asyncio.timeout(LAST_SENDS_SECONDS):
-            if answer.is_started:
-                await answer.send({"type": "http.response.body", "body": event_of(error), "more_body": False})
-            else:
-                await response_to(error)(scope, receive, answer.send)
-    except TimeoutError:
-        logger.warning("end of request not sent reason='the client does not read'")
+    if answer.is_started:
+        await send_last(answer.send({"type": "http.response.body", "body": event_of(error), "more_body": False}))
+    else:
+        await send_last(response_to(error)(scope, receive, answer.send))

@@ -1,11 +1,11 @@
 """Shapes every error as OpenAI's clients expect it. Knows the table of errors.py, not who raised what."""
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -25,7 +25,13 @@ INTERNAL_MESSAGE = "internal error; the server's log has the traceback"
 
 METHODS = ("DELETE", "GET", "POST", "PUT")
 FIELD_NAME = re.compile(r"[\w-]+")
-CODES_BY_STATUS = {404: "not_found", 405: "method_not_allowed", 408: "request_timed_out", 413: "request_too_large"}
+CODES_BY_STATUS = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timed_out",
+    413: "request_too_large",
+    499: "client_closed_request",
+}
 
 
 def error_body(message: str, *, status: int, code: str, param: str | None = None) -> dict[str, Any]:
@@ -60,7 +66,7 @@ def response_to(error: BaseException) -> JSONResponse:
 
 def event_of(error: BaseException) -> bytes:
     """The error as a server-sent event, for a stream whose headers are out."""
-    return b"data: " + json.dumps(body_of(error)).encode() + b"\n\n"
+    return b"data: " + orjson.dumps(body_of(error)) + b"\n\n"
 
 
 def install_handlers(app: FastAPI) -> None:

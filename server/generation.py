@@ -23,6 +23,8 @@ from server.mixes import show_mix
 from server.ports import EnginePort
 from server.tracing import phase
 
+MAX_SHOWN_CHARACTERS = 2000  # proxies and clients refuse long headers
+
 
 @dataclass(frozen=True, slots=True)
 class PromptPlan:
@@ -103,8 +105,10 @@ class Generation:
 
     @property
     def shown_mix(self) -> str:
-        """The mixes as header and log show them, several prompts divided by `;`."""
-        return ";".join(show_mix(run.leased.weights) for run in self.runs)
+        """The mixes as header and log show them: different ones divided by `;`, or their number if they are long."""
+        mixes = list(dict.fromkeys(show_mix(run.leased.weights) for run in self.runs))
+        shown = ";".join(mixes)
+        return shown if len(shown) <= MAX_SHOWN_CHARACTERS else f"{len(mixes)} mixes"
 
     def run_of(self, index: int) -> PromptRun:
         """The prompt that a choice answers."""

@@ -2,14 +2,14 @@
 
 After SIGTERM or SIGINT readiness turns false; after `shutdown_delay_seconds` new requests are refused, while running
 ones have `drain_seconds`; then these are told; then the process ends with status 0. A second signal ends it at once. An
-engine whose loop has ended by an error, or that is stuck, ends the process with status 1.
+engine whose loop has ended by an error ends the process with status 1; one that is stuck leaves it not ready, and makes
+status 1 of a signal's end.
 """
 
 import asyncio
 import logging
 import math
 import os
-import signal
 from collections.abc import Callable
 from types import FrameType
 
@@ -18,12 +18,15 @@ from fastapi import FastAPI
 
 from engine.errors import EngineFailed
 from server.config import ServerSettings
-from server.drain import LAST_SENDS_SECONDS, Drain
+from server.disconnect import LAST_SENDS_SECONDS
+from server.drain import Drain
+from server.http_protocol import BoundedHttpProtocol
 from server.ports import EnginePort
 
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.1
+SIGNALLED = 128  # what shells add to a signal's number
 FAILED_DRAIN_SECONDS = 5.0  # what a failed engine was asked has failed already; answers are still on their way
 
 
@@ -50,6 +53,7 @@ class DrainingServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                http=BoundedHttpProtocol,
                 ws="none",
                 proxy_headers=bool(settings.trusted_proxies),
                 forwarded_allow_ips=settings.trusted_proxies,
@@ -65,8 +69,7 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal asks for the end, the second does not wait. May interrupt anything, so logs nothing."""
         if self.should_exit:
-            signal.signal(sig, signal.SIG_DFL)
-            signal.raise_signal(sig)
+            os._exit(SIGNALLED + sig)  # the first process of a container is not ended by signals' default actions
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:

@@ -7,17 +7,17 @@ from engine.grammar import Grammar
 from engine.types import SamplingParams
 from server.answer_grammar import AnswerForm, read_form
 from server.errors import InvalidRequest
+from server.mixes import MixChoice
 from server.schemas import ChatCompletionRequest, CompletionRequest, SamplingFields
 from server.service import Job, Service
 
 DEFAULT_COMPLETION_TOKENS = 16  # as in OpenAI's reference of /v1/completions
 COMPILE_SECONDS = 10.0
+MAX_ID_DIGITS = 20
 
 
-async def read_chat_job(service: Service, request: ChatCompletionRequest) -> Job:
-    """Renders, counts and checks. Everything that is wrong with the request is raised here."""
-    choice = service.choose(request.model, request.brainstacks)
-    service.admission.require_room(request.n or 1)
+async def read_chat_job(service: Service, request: ChatCompletionRequest, choice: MixChoice) -> Job:
+    """Renders, counts and checks. Everything else that is wrong with the request is raised here."""
     form = _read_form(request)
     prompt = await service.reader.read_chat(request.messages, functions=form.functions)
     max_tokens = service.reader.fit(prompt, request.token_limit, param="messages")
@@ -27,10 +27,8 @@ async def read_chat_job(service: Service, request: ChatCompletionRequest) -> Job
     return Job((prompt,), (sampling,), request.n or 1, choice)
 
 
-async def read_completion_job(service: Service, request: CompletionRequest) -> Job:
+async def read_completion_job(service: Service, request: CompletionRequest, choice: MixChoice) -> Job:
     """As for chat; each prompt is counted on its own."""
-    choice = service.choose(request.model, request.brainstacks)
-    service.admission.require_room(len(request.prompts) * (request.n or 1))  # before work is spent on the prompts
     prompts = []
     for text in request.prompts:
         prompts.append(await service.reader.read_text(text, add_special_tokens=request.add_special_tokens))
@@ -81,6 +79,7 @@ def _read_sampling(
     def given(value: float | None, default: float) -> float:
         return default if value is None else value
 
+    logit_bias = _read_logit_bias(service, request)
     try:
         return SamplingParams(
             max_tokens=max_tokens,
@@ -94,7 +93,7 @@ def _read_sampling(
             repetition_penalty=given(request.repetition_penalty, 1.0),
             presence_penalty=given(request.presence_penalty, 0.0),
             frequency_penalty=given(request.frequency_penalty, 0.0),
-            logit_bias=_read_logit_bias(service, request),
+            logit_bias=logit_bias,
             logprobs=logprobs,
             prompt_logprobs=logprobs if echo else None,
             grammar=grammar,
@@ -106,8 +105,8 @@ def _read_sampling(
 def _read_logit_bias(service: Service, request: SamplingFields) -> dict[int, float]:
     biases = {}
     for key, bias in (request.logit_bias or {}).items():
-        if not key.isdecimal():
-            raise InvalidRequest(f"logit_bias: {key!r} is not a token id", param="logit_bias")
+        if not key.isdecimal() or len(key) > MAX_ID_DIGITS:
+            raise InvalidRequest(f"logit_bias: {key[:40]!r} is not a token id", param="logit_bias")
         service.reader.check_token_id(int(key), param="logit_bias")
         biases[int(key)] = bias
     return biases

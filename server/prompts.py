@@ -6,6 +6,7 @@ A tokenizer's truncation setting is state that two threads must not share, so th
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -15,7 +16,10 @@ from server.schemas import Message
 from server.tool_schemas import Function
 from server.tool_turns import describe, plain_turns, template_knows_tools, template_turns
 
-LONG_TEXT_CHARACTERS = 8192  # beyond it, tokenizing would hold up the event loop for milliseconds
+# Beyond these, reading would hold up the event loop for milliseconds.
+LONG_TEXT_CHARACTERS = 8192
+LONG_CHAT_MESSAGES = 64
+LONG_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +34,11 @@ class Prompt:
 class PromptReader:
     """Renders, tokenizes and measures. Refuses what does not fit; never truncates."""
 
-    def __init__(self, tokenizer: Any, *, max_model_len: int) -> None:
+    def __init__(self, tokenizer: Any, *, max_model_len: int, vocabulary_size: int | None = None) -> None:
+        """`vocabulary_size` is the model's, by default the tokenizer's, which may have tokens that the model lacks."""
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
+        self._vocabulary_size = min(len(tokenizer), vocabulary_size or len(tokenizer))
         self._template_knows_tools = template_knows_tools(tokenizer)
 
     async def read_chat(
@@ -47,7 +53,13 @@ class PromptReader:
 
         A template writes its own special tokens, so the tokenizer adds none unless it is told to.
         """
-        rendered = self._render(messages, functions, add_generation_prompt=add_generation_prompt)
+        if len(messages) > self.max_model_len:  # a template writes at least a token for each
+            raise self._too_long(f"{len(messages)} messages", param="messages")
+        render = partial(self._render, messages, functions, add_generation_prompt=add_generation_prompt)
+        is_long = (
+            len(messages) > LONG_CHAT_MESSAGES or sum(len(message.text) for message in messages) > LONG_TEXT_CHARACTERS
+        )
+        rendered = await asyncio.to_thread(render) if is_long else render()
         token_ids = await self.encode(rendered, add_special_tokens=add_special_tokens)
         earlier = user_texts(messages)[:-1]
         return Prompt(token_ids, last_user_text(messages), earlier[-1] if earlier else None)
@@ -57,7 +69,9 @@ class PromptReader:
         if isinstance(prompt, str):
             return Prompt(await self.encode(prompt, add_special_tokens=add_special_tokens), prompt)
         self._check_ids(prompt, param="prompt")
-        return Prompt(tuple(prompt), self.decode(prompt, skip_special_tokens=True))
+        if len(prompt) > self.max_model_len:
+            raise self._too_long(f"{len(prompt)} in the prompt", param="prompt")
+        return Prompt(tuple(prompt), await self.decode_long(prompt, skip_special_tokens=True))
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Text -> token ids, off the event loop when it is long."""
@@ -72,6 +86,11 @@ class PromptReader:
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text
+
+    async def decode_long(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """As `decode`, off the event loop when there are many."""
+        decode = partial(self.decode, token_ids, skip_special_tokens=skip_special_tokens)
+        return await asyncio.to_thread(decode) if len(token_ids) > LONG_TOKENS else decode()
 
     def tokenizer_info(self) -> dict[str, str | int | None]:
         """What a client needs to know of the tokenizer beside its tokens."""
@@ -96,25 +115,32 @@ class PromptReader:
         answer_tokens = max(1, limit - count) if wanted_tokens is None else wanted_tokens
         if count + answer_tokens > limit:
             asked = "" if wanted_tokens is None else f" and {wanted_tokens} in the completion"
-            raise ContextTooLong(
-                f"this model's maximum context length is {limit} tokens, the request has {count} in the {param}{asked}",
-                param=param,
-            )
+            raise self._too_long(f"{count} in the {param}{asked}", param=param)
         return answer_tokens
 
     def check_token_id(self, token_id: int, *, param: str) -> None:
         """InvalidRequest for an id outside of the vocabulary."""
-        if not 0 <= token_id < len(self.tokenizer):
+        if not 0 <= token_id < self._vocabulary_size:
             raise InvalidRequest(
-                f"{param}: token id {token_id} is not in the vocabulary of {len(self.tokenizer)}", param=param
+                f"{param}: token id {token_id} is not in the vocabulary of {self._vocabulary_size}", param=param
             )
+
+    def _too_long(self, what: str, *, param: str) -> ContextTooLong:
+        limit = self.max_model_len
+        return ContextTooLong(
+            f"this model's maximum context length is {limit} tokens, the request has {what}", param=param
+        )
 
     def _check_ids(self, token_ids: Sequence[int], *, param: str) -> None:
         for token_id in {min(token_ids, default=0), max(token_ids, default=0)}:
             self.check_token_id(token_id, param=param)
 
     def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+        token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+        if (foreign := max(token_ids, default=0)) >= self._vocabulary_size:
+            token = self.tokenizer.convert_ids_to_tokens(foreign)
+            raise InvalidRequest(f"the text has {token!r}, a token that this base does not have")
+        return tuple(token_ids)
 
     def _render(
         self, messages: Sequence[Message], functions: Sequence[Function], *, add_generation_prompt: bool

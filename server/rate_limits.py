@@ -14,7 +14,7 @@ from cachetools import LRUCache
 
 from server.errors import RateLimitExceeded
 
-MAX_CLIENTS = 10_000  # one that was idle for a minute has full buckets, so that nothing is lost with them
+MAX_CLIENTS = 10_000  # beyond it, whoever asked longest ago is forgotten; an idle minute fills buckets again anyway
 WINDOW_SECONDS = 60.0
 
 

@@ -7,13 +7,7 @@ because the API has that many fields.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.types import MAX_LOGPROBS, MAX_STOP_STRINGS
@@ -21,6 +15,11 @@ from server.text_fields import Text, said_plainly, without_lone_surrogates
 from server.tool_schemas import MAX_TOOLS, ResponseFormat, Tool, ToolCall, ToolChoice
 
 MAX_CHOICES = 128
+MAX_PROMPTS = 2048
+MAX_PROMPT_IDS = 2**20  # bounds the work on what no context holds
+MAX_BIASES = 1024  # every step of the request looks at all of them
+MAX_MIX_DOMAINS = 4096
+MAX_STOP_CHARACTERS = 1000
 
 
 def _refuse_unless(*neutral: object) -> BeforeValidator:
@@ -30,6 +29,19 @@ def _refuse_unless(*neutral: object) -> BeforeValidator:
         if value is None or any(type(value) is type(one) and value == one for one in neutral):
             return None
         raise PydanticCustomError("unsupported", "is not supported by this server")
+
+    return BeforeValidator(check)
+
+
+def _at_most(most: int) -> BeforeValidator:
+    """Of a dictionary, before each of its values is looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > most:
+            raise PydanticCustomError(
+                "too_long", "must have at most {most} entries, not {count}", {"most": most, "count": len(value)}
+            )
+        return value
 
     return BeforeValidator(check)
 
@@ -54,7 +66,7 @@ def _text_parts_only(value: object) -> object:
 
 
 Content = Annotated[
-    Text | list[TextPart] | None,
+    Text | Annotated[list[TextPart], Field(fail_fast=True)] | None,
     said_plainly("must be a string or a list of text parts"),
     BeforeValidator(_text_parts_only),
 ]
@@ -71,7 +83,7 @@ class Message(BaseModel):
 
     role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_supported_role)]
     content: Content = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: Text | None = None
     function_call: Annotated[None, _refuse_unless()] = None
 
@@ -105,9 +117,9 @@ class MixRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    mix: dict[Text, Annotated[float, Field(ge=0, le=1)]] | None = None
+    mix: Annotated[dict[Text, Annotated[float, Field(ge=0, le=1)]], _at_most(MAX_MIX_DOMAINS)] | None = None
     mode: Literal["auto", "base", "all"] | None = None
-    expect: list[Text] | None = None  # domains to load while the router still reads
+    expect: Annotated[list[Text], Field(fail_fast=True)] | None = None  # domains to load while the router still reads
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -118,9 +130,12 @@ class MixRequest(BaseModel):
         return self
 
 
+StopString = Annotated[Text, Field(max_length=MAX_STOP_CHARACTERS)]
 StopStrings = Annotated[
-    Text | Annotated[list[Text], Field(max_length=MAX_STOP_STRINGS)] | None,
-    said_plainly(f"must be a string or a list of at most {MAX_STOP_STRINGS} strings"),
+    StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None,
+    said_plainly(
+        f"must be a string or a list of at most {MAX_STOP_STRINGS} strings, of at most {MAX_STOP_CHARACTERS} characters"
+    ),
 ]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -143,7 +158,7 @@ class SamplingFields(BaseModel):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], _at_most(MAX_BIASES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     brainstacks: MixRequest | None = None
@@ -175,7 +190,7 @@ class SamplingFields(BaseModel):
 class ChatCompletionRequest(SamplingFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -192,7 +207,7 @@ class ChatCompletionRequest(SamplingFields):
 
     @property
     def token_limit(self) -> int | None:
-        """The newer name wins; both may be given only with one value."""
+        """By either name; both may be given only with one value."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     @property
@@ -215,10 +230,15 @@ class ChatCompletionRequest(SamplingFields):
         return self
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_IDS, fail_fast=True)]
+SeveralPrompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 PromptField = Annotated[
-    Text | Annotated[list[Text], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)],
-    said_plainly("must be a string, a list of strings, a list of token ids, or a list of lists of token ids"),
+    Text | Annotated[list[Text], SeveralPrompts] | TokenIds | Annotated[list[TokenIds], SeveralPrompts],
+    said_plainly(
+        "must be a string, a list of strings, a list of token ids, or a list of lists of token ids; "
+        f"at most {MAX_PROMPTS} prompts, of at most {MAX_PROMPT_IDS} token ids"
+    ),
 ]
 
 
@@ -255,7 +275,7 @@ class PromptOrMessages(BaseModel):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -282,4 +302,4 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     model: Text | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]

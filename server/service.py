@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -88,12 +88,16 @@ class Service:
         self.catalog.weights_of(choice, {})  # names an unknown domain before anything is spent on the request
         return choice
 
-    async def begin(self, job: Job) -> Generation:
-        """A generation whose first prompt is in the engine; the caller closes it. Cancellable at every point."""
+    async def begin(self, num_sequences: int, read: Callable[[], Awaitable[Job]]) -> Generation:
+        """A generation whose first prompt is in the engine; the caller closes it. Cancellable at every point.
+
+        The job that `read` makes has so many sequences. They are admitted before it is read, which is work too.
+        """
         meter = RequestMeter(self.metrics)
         with ExitStack() as undo:
-            ticket = self.admission.admit(len(job.prompts) * job.num_choices)
-            undo.callback(ticket.give_back)
+            ticket = undo.enter_context(self.admission.admit(num_sequences))
+            with phase("read"):
+                job = await read()
             plans = await asyncio.gather(*(self._plan(job, prompt) for prompt in range(len(job.prompts))))
             generation = Generation(self._parts, plans, ticket=ticket, meter=meter)
             undo.callback(generation.close)
@@ -109,11 +113,8 @@ class Service:
 
     async def route(self, text: str) -> tuple[Route, dict[str, float]]:
         """The route of a text, and its mix without the domains that are not registered here. Admitted as a sequence."""
-        ticket = self.admission.admit(1)
-        try:
+        with self.admission.admit(1):
             route = await self.routing.route_strictly(text)
-        finally:
-            ticket.give_back()
         return route, self.catalog.weights_of(MixChoice("auto"), route.mix)
 
     async def _plan(self, job: Job, index: int) -> PromptPlan:

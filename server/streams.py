@@ -5,27 +5,25 @@ prompt carries the `brainstacks` extension. Then, only if asked for, a chunk of 
 headers is an event of its own and ends the stream.
 """
 
-import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 
+import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.types import FinishedEvent, PromptEvent, TokensEvent
 from server.answers import AnswerShape, Json, mix_report, usage
 from server.boundary import RequestRecord
-from server.disconnect import run_for_client
-from server.error_responses import body_of
+from server.disconnect import LAST_SENDS_SECONDS, run_for_client, send_last
+from server.error_responses import event_of
 from server.errors import ClientGone, answer_for, is_internal
 from server.generation import Generation
 
 logger = logging.getLogger(__name__)
 
-LAST_SENDS_SECONDS = 5.0  # a client that has stopped reading would keep the connection's task for ever
-
-DONE = b"data: [DONE]\n\n"
+EVENT_END = b"\n\n"
+DONE = b"data: [DONE]" + EVENT_END
 
 
 class AnswerStream(Response):
@@ -67,21 +65,15 @@ class AnswerStream(Response):
             self._record.status = answer_for(error).status
             if is_internal(error):
                 logger.exception("stream failed")
-            last_event = _event(body_of(error))
+            last_event = event_of(error)
         finally:
             self._generation.close()  # before anything else is sent: sending may block
-        await self._send_last(send, last_event)
-
-    async def _send_last(self, send: Send, event: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._last_sends_seconds):
-                await _send_part(send, event, more=False)
-        except TimeoutError:
-            logger.warning("end of stream not sent reason='the client does not read'")
+        await send_last(_send_part(send, last_event, more=False), within_seconds=self._last_sends_seconds)
 
     async def _send_events(self, send: Send) -> None:
+        begin = b"data: " + orjson.dumps(self._shape.envelope(chunk=True)).removesuffix(b"}") + b","
         async for chunk in self._chunks():
-            await _send_part(send, _event(self._shape.envelope(chunk=True) | chunk))
+            await _send_part(send, begin + orjson.dumps(chunk).removeprefix(b"{") + EVENT_END)
         await _send_part(send, DONE)
 
     async def _chunks(self) -> AsyncIterator[Json]:
@@ -115,10 +107,6 @@ class AnswerStream(Response):
                 yield {"choices": [choice]} | counts() | (report if number == len(choices) else {})
         if self._wants_usage:
             yield {"choices": [], "usage": usage(self._generation)}
-
-
-def _event(body: Json) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def _send_part(send: Send, body: bytes, *, more: bool = True) -> None:

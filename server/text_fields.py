@@ -13,7 +13,8 @@ def said_plainly(message: str) -> WrapValidator:
         try:
             return handler(value)
         except ValidationError as error:
-            unsupported = [fault for fault in error.errors() if fault["type"] == "unsupported"]
+            faults = error.errors(include_url=False, include_input=False)
+            unsupported = [fault for fault in faults if fault["type"] == "unsupported"]
             kind = "unsupported" if unsupported else "invalid"
             raise PydanticCustomError(
                 kind, "{said}", {"said": unsupported[0]["msg"] if unsupported else message}

@@ -8,7 +8,8 @@ from starlette.requests import ClientDisconnect
 
 from server.access import AdminRoute, Handler
 from server.admin_schemas import DomainName, RegisterDomainRequest, SetRouterRequest, Sha256, Tier
-from server.app_state import service_of, store_admin_of
+from server.app_state import deadline_of, service_of, store_admin_of
+from server.disconnect import run_for_client
 from server.disk_faults import disk_faults
 from server.errors import ClientGone, InvalidRequest
 from stack_store.uploads import BlobWriter
@@ -87,7 +88,7 @@ async def change_residency(
     """Keeps a domain resident in a tier, lets it go, or starts to load it."""
     store_admin = store_admin_of(request)
     if action == "pin":
-        return await store_admin.pin(name, tier)
+        return await run_for_client(request.receive, store_admin.pin(name, tier), deadline=deadline_of(request))
     if action == "unpin":
         return store_admin.unpin(name, tier)
     return store_admin.prefetch(name, tier)

@@ -1,7 +1,9 @@
 """The endpoints that OpenAI's clients call, and their neighbours for routes and tokens. Knows HTTP and the service."""
 
-import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,12 +12,13 @@ from starlette.responses import JSONResponse, Response
 from server.access import ApiRoute
 from server.answer_grammar import read_form
 from server.answers import AnswerShape, collect_answer
-from server.app_state import service_of, settings_of
+from server.app_state import deadline_of, service_of
 from server.boundary import record_of
 from server.disconnect import run_for_client
 from server.errors import ModelNotFound
+from server.generation import Generation
 from server.jobs import read_chat_job, read_completion_job
-from server.prompts import last_user_text
+from server.prompts import Prompt, PromptReader, last_user_text
 from server.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -37,28 +40,34 @@ router = APIRouter(route_class=ApiRoute, tags=["openai"])
 async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
     """Answers a chat, whole or as a stream."""
     service = service_of(request)
-    job = await read_chat_job(service, body)
-    shape = ChatShape(
-        model=body.model or service.served_name,
-        wants_logprobs=bool(body.logprobs),
-        text=service.token_text,
-        has_tools=body.may_call_tools,
-    )
-    return await _answer(request, body, job, shape)
+    read = partial(read_chat_job, service, body, service.choose(body.model, body.brainstacks))
+
+    def shape_of(generation: Generation) -> AnswerShape:
+        return ChatShape(
+            model=body.model or service.served_name,
+            wants_logprobs=bool(body.logprobs),
+            text=service.token_text,
+            has_tools=body.may_call_tools,
+        )
+
+    return await _answer(request, body, body.n or 1, read, shape_of)
 
 
 @router.post("/v1/completions")
 async def create_completion(request: Request, body: CompletionRequest) -> Response:
     """Continues one or several texts, whole or as a stream."""
     service = service_of(request)
-    job = await read_completion_job(service, body)
-    shape = CompletionShape(
-        model=body.model or service.served_name,
-        wants_logprobs=body.logprobs is not None,
-        text=service.token_text,
-        echoes=_echoes(service, body, job) if body.echo else None,
-    )
-    return await _answer(request, body, job, shape)
+    read = partial(read_completion_job, service, body, service.choose(body.model, body.brainstacks))
+
+    def shape_of(generation: Generation) -> AnswerShape:
+        return CompletionShape(
+            model=body.model or service.served_name,
+            wants_logprobs=body.logprobs is not None,
+            text=service.token_text,
+            echoes=_echoes(service, body, generation) if body.echo else None,
+        )
+
+    return await _answer(request, body, len(body.prompts) * (body.n or 1), read, shape_of)
 
 
 @router.get("/v1/models")
@@ -81,7 +90,7 @@ async def route(request: Request, body: RouteRequest) -> dict[str, Any]:
     service = service_of(request)
     service.choose(body.model, None)
     text = body.prompt if body.prompt is not None else last_user_text(body.messages or [])
-    route, mix = await run_for_client(request.receive, service.route(text), deadline=_deadline(request))
+    route, mix = await run_for_client(request.receive, service.route(text), deadline=deadline_of(request))
     router = service.routing.router
     return {
         "object": "route",
@@ -95,25 +104,31 @@ async def route(request: Request, body: RouteRequest) -> dict[str, Any]:
 
 @router.post("/tokenize")
 async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
-    """Text or messages -> token ids, as a completion would read them."""
-    reader = service_of(request).reader
+    """Text or messages -> token ids, as a completion would read them. Admitted as a sequence."""
+    service = service_of(request)
+    with service.admission.admit(1):
+        prompt = await _read(service.reader, body)
+    return {"tokens": prompt.token_ids, "count": len(prompt.token_ids), "max_model_len": service.reader.max_model_len}
+
+
+async def _read(reader: PromptReader, body: TokenizeRequest) -> Prompt:
     if body.messages is not None:
-        prompt = await reader.read_chat(
+        return await reader.read_chat(
             body.messages,
             functions=read_form(None, body.tools, None, parallel_calls=True).functions,
             add_generation_prompt=body.add_generation_prompt,
             add_special_tokens=bool(body.add_special_tokens),
         )
-    else:
-        add_special_tokens = True if body.add_special_tokens is None else body.add_special_tokens
-        prompt = await reader.read_text(body.prompt or "", add_special_tokens=add_special_tokens)
-    return {"tokens": prompt.token_ids, "count": len(prompt.token_ids), "max_model_len": reader.max_model_len}
+    add_special_tokens = True if body.add_special_tokens is None else body.add_special_tokens
+    return await reader.read_text(body.prompt or "", add_special_tokens=add_special_tokens)
 
 
 @router.post("/detokenize")
 async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, str]:
-    """Token ids -> text."""
-    return {"prompt": service_of(request).reader.decode(body.tokens)}
+    """Token ids -> text. Admitted as a sequence."""
+    service = service_of(request)
+    with service.admission.admit(1):
+        return {"prompt": await service.reader.decode_long(body.tokens)}
 
 
 @router.get("/tokenizer_info")
@@ -122,39 +137,42 @@ async def tokenizer_info(request: Request) -> dict[str, Any]:
     return service_of(request).reader.tokenizer_info()
 
 
-async def _answer(request: Request, body: SamplingFields, job: Job, shape: AnswerShape) -> Response:
-    record, service = record_of(request), service_of(request)
-    deadline = _deadline(request)
-    generation = await run_for_client(request.receive, service.begin(job), deadline=deadline)
+async def _answer(
+    request: Request,
+    body: SamplingFields,
+    num_sequences: int,
+    read: Callable[[], Awaitable[Job]],
+    shape_of: Callable[[Generation], AnswerShape],
+) -> Response:
+    """Admits, reads, routes, leases, generates; all of it only as long as the client is there."""
+    record, deadline = record_of(request), deadline_of(request)
+    begin = service_of(request).begin(num_sequences, read)
+    generation = await run_for_client(request.receive, begin, deadline=deadline)
     record.generation = generation
     headers = {MIX_HEADER: generation.shown_mix}
-    if body.stream:
-        return AnswerStream(
-            generation,
-            shape,
-            record=record,
-            wants_usage=body.wants_usage_chunk,
-            wants_running_usage=body.wants_running_usage,
-            deadline=deadline,
-            headers=headers,
-        )
-    try:
+    with ExitStack() as undo:
+        undo.callback(generation.close)
+        shape = shape_of(generation)
+        if body.stream:
+            undo.pop_all()
+            return AnswerStream(
+                generation,
+                shape,
+                record=record,
+                wants_usage=body.wants_usage_chunk,
+                wants_running_usage=body.wants_running_usage,
+                deadline=deadline,
+                headers=headers,
+            )
         answer = await run_for_client(request.receive, collect_answer(generation, shape), deadline=deadline)
-    finally:
-        generation.close()
     return JSONResponse(answer, headers={MIX_HEADER: generation.shown_mix})
 
 
-def _deadline(request: Request) -> float:
-    """In the event loop's own clock, when a request that is read by now must have been answered."""
-    return asyncio.get_running_loop().time() + settings_of(request).server.request_timeout_seconds
-
-
-def _echoes(service: Service, body: CompletionRequest, job: Job) -> list[EchoedPrompt]:
+def _echoes(service: Service, body: CompletionRequest, generation: Generation) -> list[EchoedPrompt]:
     echoes = []
-    for given, prompt in zip(body.prompts, job.prompts, strict=True):
+    for given, run in zip(body.prompts, generation.runs, strict=True):
         text = given if isinstance(given, str) else service.reader.decode(given)
-        echoes.extend([EchoedPrompt(text, prompt.token_ids)] * job.num_choices)
+        echoes.extend([EchoedPrompt(text, run.plan.token_ids)] * len(run.plan.samplings))
     return echoes
 
 

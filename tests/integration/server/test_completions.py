@@ -88,6 +88,16 @@ def test_header_shows_the_planned_mix_of_a_prompt_that_still_waits(tmp_path: Pat
             server.engine.may_decode.set()
 
 
+def test_header_says_how_many_mixes_there_are_where_it_would_be_too_long(tmp_path: Path) -> None:
+    """Proxies and clients refuse headers of a few thousand characters."""
+    with run_live_server(tmp_path, settings={"server": {"max_queue": 200}}) as server:
+        prompts = [f"math=0.{50 + n % 50} code=0.{60 + n // 50}" for n in range(120)]
+        few, many = complete(server, prompt=prompts[:2] * 20), complete(server, prompt=prompts)
+    assert few.headers["x-brainstacks-mix"].count(";") == 1
+    assert len({str(report["mix"]) for report in many.json()["brainstacks"]}) == 120
+    assert many.headers["x-brainstacks-mix"] == "120 mixes"
+
+
 def test_stream_echoes_the_prompt_first(server: LiveServer) -> None:
     text = complete(server, echo=True, stream=True, logprobs=1).text
     chunks = [json.loads(line[6:]) for line in text.split("\n\n") if line.startswith("data: {")]

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.drain import LAST_SENDS_SECONDS
+from server.disconnect import LAST_SENDS_SECONDS
 from tests.integration.server.test_lifecycle import asked, assert_nothing_is_left, is_decoding, read_answer
 from tests.servers import ANSWER, LiveServer, run_live_server, wait_until
 

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -76,14 +78,33 @@ def is_decoding(server: LiveServer) -> Callable[[], bool]:
 
 
 @both_ways
-def test_client_who_hangs_up_during_the_route_is_never_routed(server: LiveServer, stream: bool) -> None:
+def test_client_who_hangs_up_while_the_text_is_read_is_never_routed(
+    server: LiveServer, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long text is tokenized in a thread; its sequence is admitted before."""
+    may_read, encode = threading.Event(), server.service.reader._encode
+
+    def read_slowly(text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        may_read.wait(WAIT_SECONDS)
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(server.service.reader, "_encode", read_slowly)
+    with asked(server, "math=0.9 " * 2000, stream=stream):
+        wait_until(lambda: server.service.admission.admitted == 1, what="the request is admitted")
+    wait_until(lambda: num_499(server) == 1, what="the request has ended")
+    may_read.set()
+    assert_nothing_is_left(server)
+    assert server.router.texts == []
+
+
+@both_ways
+def test_client_who_hangs_up_during_the_route_generates_nothing(server: LiveServer, stream: bool) -> None:
     server.engine.may_route.clear()
     with asked(server, stream=stream):
         wait_until(lambda: server.service.admission.admitted == 1, what="the request is admitted")
     wait_until(lambda: num_499(server) == 1, what="the request has ended")
     server.engine.may_route.set()
     assert_nothing_is_left(server)
-    assert server.router.texts == []
     assert server.engine.submitted == []
 
 
@@ -182,9 +203,9 @@ def test_load_in_progress_does_not_hold_up_other_requests(server: LiveServer) ->
 
 async def begin(server: LiveServer, text: str = "math=0.9") -> Generation:
     """A generation without HTTP around it."""
-    fields = {"messages": [{"role": "user", "content": text}]}
-    job = await read_chat_job(server.service, ChatCompletionRequest.model_validate(fields))
-    return await server.service.begin(job)
+    request = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": text}]})
+    choice = server.service.choose(None, None)
+    return await server.service.begin(1, partial(read_chat_job, server.service, request, choice))
 
 
 def test_finished_prompt_lets_go_of_its_domains_while_its_answer_is_still_told(server: LiveServer) -> None:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from engine.errors import EngineFailed
+from tests.integration.server.conftest import ADMIN_KEY
 from tests.integration.server.test_lifecycle import asked, assert_nothing_is_left
 from tests.servers import ANSWER, LiveServer, wait_until
 
@@ -125,6 +126,17 @@ def test_one_line_tells_of_a_request_and_never_its_text(server: LiveServer, capl
     assert re.search(r"status=200 seconds=\S+ mix=chat=0.20,math=0.90 prompt_tokens=\d+ completion_tokens=13", lines[0])
     assert "private question" not in caplog.text
     assert "au lait" not in caplog.text
+
+
+def test_who_tries_admin_keys_is_logged(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Pages look at the cache every second; who is refused there is another matter."""
+    caplog.set_level(logging.INFO)
+    for key, status in ((ADMIN_KEY, 200), ("guess", 401)):
+        with server.client(key) as client:
+            assert client.get("/admin/cache").status_code == status
+    wait_until(lambda: "request done" in caplog.text, what="a line is written")
+    (line,) = [record.getMessage() for record in caplog.records if "request done" in record.getMessage()]
+    assert "endpoint=/admin/cache status=401" in line
 
 
 def test_no_failure_tells_a_text_either(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:

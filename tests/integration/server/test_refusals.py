@@ -39,11 +39,14 @@ def refuse(server: LiveServer, path: str, body: Any, status: int) -> dict[str, A
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": 3}, "stop"),
+        ({"stop": "x" * 1001}, "stop"),
         ({"seed": 2**70}, "seed"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"logit_bias": {str(number): 1 for number in range(1025)}}, "logit_bias"),
+        ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
         ({"stream": "yes"}, "stream"),
         ({"brainstacks": {"mix": {"math": 1.5}}}, "brainstacks.mix.math"),
@@ -55,6 +58,29 @@ def test_bad_value_is_named(shared_server: LiveServer, fields: dict[str, Any], p
     error = refuse(shared_server, "/v1/chat/completions", {"messages": MESSAGES, **fields}, 400)
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
     assert param.rpartition(".")[2] in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [0] * 200_000}, "messages.0"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [0] * 200_000}]}, "messages.0.content"),
+        ("/v1/completions", {"prompt": [1] * 200_000 + [-1]}, "prompt"),
+        ("/v1/completions", {"prompt": [[1], *[[-1]] * 2000]}, "prompt"),
+        ("/v1/completions", {"prompt": ["x"] * 2049}, "prompt"),
+        ("/detokenize", {"tokens": [""] * 200_000}, "tokens.0"),
+    ],
+)
+def test_one_fault_of_many_is_enough(shared_server: LiveServer, path: str, body: dict[str, Any], param: str) -> None:
+    """A report on each would take seconds, in which nobody is answered."""
+    error = refuse(shared_server, path, body, 400)
+    assert (error["param"], error["message"].count(";") < 2) == (param, True)
+
+
+def test_more_messages_than_the_context_has_tokens_are_refused_unread(shared_server: LiveServer) -> None:
+    error = refuse(shared_server, "/v1/chat/completions", {"messages": MESSAGES * 401}, 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert "maximum context length is 400 tokens, the request has 401 messages" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from server.tracing import open_tracer
 from tests.integration.server.test_lifecycle import asked, assert_nothing_is_left, num_499
 from tests.servers import ANSWER, LiveServer, run_live_server, wait_until
 
-PHASES = ("route", "page_in", "queue", "prefill", "decode")
+PHASES = ("read", "route", "page_in", "queue", "prefill", "decode")
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SECRET = "a private question"
 SERVER = Path(server.telemetry.__file__).parent
@@ -116,8 +116,8 @@ def test_phase_in_which_the_client_went_is_the_last(traced: LiveServer, exporter
     traced.may_load.set()
     (request,) = request_spans(exporter)
     phases = phases_of(exporter, request)
-    assert [span.name for span in phases] == ["route", "page_in"]
-    assert [span.status.status_code for span in phases] == [StatusCode.UNSET, StatusCode.ERROR]
+    assert [span.name for span in phases] == ["read", "route", "page_in"]
+    assert [span.status.status_code for span in phases] == [StatusCode.UNSET, StatusCode.UNSET, StatusCode.ERROR]
     assert (request.attributes or {})["http.response.status_code"] == 499
     assert_nothing_is_left(traced)
 

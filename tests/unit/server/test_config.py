@@ -154,6 +154,13 @@ def test_admin_key_that_is_an_api_key_too_is_refused_untold(monkeypatch: pytest.
     assert "same-secret" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ['api_keys = ["secret "]', 'admin_key = "secret\\n"'])
+def test_a_key_that_nobody_could_send_is_refused_untold(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigInvalid, match="a key must not begin or end with white space") as error:
+        load_settings(toml(tmp_path, f"[server]\n{key}\n"))
+    assert "secret" not in str(error.value)
+
+
 def test_what_is_off_by_default() -> None:
     settings = load_settings()
     assert (settings.server.requests_per_minute, settings.server.tokens_per_minute) == (None, None)

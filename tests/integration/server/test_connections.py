@@ -1,0 +1,92 @@
+"""What a connection may carry: bounded heads, one request at a time, whole bodies."""
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPResponse
+from urllib.parse import urlsplit
+
+from tests.servers import WAIT_SECONDS, LiveServer, wait_until
+
+CHAT = {"messages": [{"role": "user", "content": "math=0.9"}]}
+
+
+@contextmanager
+def connected(server: LiveServer) -> Iterator[socket.socket]:
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port), timeout=WAIT_SECONDS) as connection:
+        yield connection
+
+
+def request_of(path: str, body: object = None, *, length: int | None = None) -> bytes:
+    """One whole request, unless it says a greater length."""
+    content = b"" if body is None else json.dumps(body).encode()
+    head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nhost: x\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {length or len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+def answer_of(connection: socket.socket) -> HTTPResponse:
+    response = HTTPResponse(connection)
+    response.begin()
+    return response
+
+
+def num_499(server: LiveServer) -> float:
+    labels = {"endpoint": "/v1/chat/completions", "status": "499"}
+    return server.service.metrics.registry.get_sample_value("brainstacks_requests_total", labels) or 0
+
+
+def test_a_head_without_end_is_refused(server: LiveServer) -> None:
+    """As one header or as many, on a connection that was used before."""
+    for piece in (b"x" * 10_000, b"x: " + b"y" * 9_995 + b"\r\n"):
+        with connected(server) as connection:
+            connection.sendall(request_of("/health/live"))
+            first = answer_of(connection)
+            assert (first.status, first.read() != b"") == (200, True)
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\nx-filler: ")
+            for _ in range(7):
+                connection.sendall(piece)
+            refusal = answer_of(connection)
+            assert refusal.status == 431
+            assert json.loads(refusal.read())["error"]["code"] == "headers_too_large"
+            assert connection.recv(1) == b""
+
+
+def test_a_long_head_and_a_longer_body_are_read(server: LiveServer) -> None:
+    body = CHAT | {"user": "x" * 200_000}
+    with connected(server) as connection:
+        head, content = request_of("/v1/chat/completions", body).split(b"\r\n\r\n", 1)
+        connection.sendall(head + b"\r\nx-filler: " + b"y" * 50_000 + b"\r\n\r\n" + content)
+        assert answer_of(connection).status == 200
+
+
+def test_who_hangs_up_behind_a_second_request_is_noticed(server: LiveServer) -> None:
+    for together in (True, False):
+        before = num_499(server)
+        server.engine.may_decode.clear()
+        first, second = request_of("/v1/chat/completions", CHAT), request_of("/health/live")
+        with connected(server) as connection:
+            connection.sendall(first + second if together else first)
+            wait_until(lambda: server.engine.num_sent() == 1, what="the first request decodes")
+            if not together:
+                connection.sendall(second)
+        wait_until(lambda: num_499(server) == before + 1, what="the first request has ended")  # noqa: B023
+        server.engine.may_decode.set()
+
+
+def test_a_second_request_before_the_answer_closes_the_connection_behind_it(server: LiveServer) -> None:
+    with connected(server) as connection:
+        connection.sendall(request_of("/v1/chat/completions", CHAT) + request_of("/health/live"))
+        answer = answer_of(connection)
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert json.loads(answer.read())["object"] == "chat.completion"
+        assert connection.recv(1) == b""
+
+
+def test_who_hangs_up_before_the_end_of_the_body_is_counted_as_gone(server: LiveServer) -> None:
+    with connected(server) as connection:
+        connection.sendall(request_of("/v1/chat/completions", CHAT, length=10_000))
+    wait_until(lambda: num_499(server) == 1, what="the request has ended")
+    assert server.engine.submitted == []
