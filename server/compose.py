@@ -194,7 +194,10 @@ def _open_store(path: Path, base: Base) -> StackRegistry:
     if not StackRegistry.is_unborn(path):
         raise ConfigInvalid(f"store.path: {str(path)!r} holds files but no manifest.json, so it is not a store")
     logger.info("store created path=%s", path)
-    return StackRegistry.create(path, base_fingerprint=base.fingerprint, geometry=base.geometry)
+    try:
+        return StackRegistry.create(path, base_fingerprint=base.fingerprint, geometry=base.geometry)
+    except OSError as error:
+        raise ConfigInvalid(f"store.path: no store can be made in {str(path)!r}: {error.strerror}") from error
 
 
 def _require_room(budget_bytes: int, catalog: Catalog) -> None:

@@ -176,7 +176,7 @@ def test_store_whose_creation_was_cut_off_is_made_anew(tmp_path: Path, base: Bas
     (tmp_path / "store" / "domains").mkdir(parents=True)
     (tmp_path / "store" / f".{'a' * 16}.tmp").write_text("half a manifest")
     compose_app_for(base, settings_for(tmp_path))
-    assert {path.name for path in (tmp_path / "store").iterdir()} == {"domains", "routers", "uploads", "manifest.json"}
+    assert {path.name for path in (tmp_path / "store").iterdir()} == {"domains", "routers", "manifest.json"}
 
 
 def test_store_of_another_base_is_refused(tmp_path: Path, base: Base) -> None:
