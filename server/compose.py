@@ -88,7 +88,12 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
     cache = ResidentCache[ResidentDomain](
         budget_bytes=budget_bytes,
         load=DeviceLoader(files, host),
-        observer=TierMetrics(metrics, "device", FILE_SOURCE if host is None else HOST_SOURCE),
+        observer=TierMetrics(
+            metrics,
+            "device",
+            FILE_SOURCE if host is None else HOST_SOURCE,
+            in_process=base.device.type != "cuda",
+        ),
         executor=_one_threaded("stack-loader", settings.store.loader_threads),
     )
     metrics.cache_budget.labels("device").set(budget_bytes)
@@ -159,7 +164,7 @@ def _make_host_tier(files: FileLoader, settings: StoreSettings) -> ResidentCache
     return ResidentCache[ResidentDomain](
         budget_bytes=budget_bytes,
         load=files,
-        observer=TierMetrics(files.metrics, "host", FILE_SOURCE),
+        observer=TierMetrics(files.metrics, "host", FILE_SOURCE, in_process=True),
         executor=_one_threaded("stack-reader", settings.loader_threads),
     )
 

@@ -1,6 +1,7 @@
 """The real parts put together: a tiny random base, trained nothing, on a store that is made at the first start."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -97,6 +98,23 @@ def test_registered_domains_and_router_answer_at_once_and_after_a_restart(tmp_pa
         assert ask(client, model="tiny:base").json()["choices"] == alone["choices"]
     with serve_app(compose_app_for(base, settings)) as url, httpx.Client(base_url=url, timeout=60) as client:
         assert ask(client).json()["choices"] == routed["choices"]
+
+
+def test_a_store_that_cannot_be_made_is_named(tmp_path: Path, base: Base) -> None:
+    (tmp_path / "file").touch()
+    settings = settings_for(tmp_path / "file")
+    with pytest.raises(ConfigInvalid, match=re.escape(f"store.path: no store can be made in '{tmp_path}/file/store'")):
+        compose_app_for(base, settings)
+
+
+def test_on_a_cpu_domains_take_memory_of_the_process(tmp_path: Path, base: Base) -> None:
+    with serve_app(compose_app_for(base, settings_for(tmp_path))) as url, httpx.Client(base_url=url) as client:
+        client.headers["authorization"] = "Bearer k"
+        body = {"stacks": [{"path": write_domain(tmp_path, base, "math", seed=0)}]}
+        client.put("/admin/domains/math", json=body).raise_for_status()
+        num_bytes = client.post("/admin/domains/math/pin").json()["resident_bytes"]
+        metrics = client.get("/metrics").text
+    assert float(re.findall(r"^brainstacks_stack_cache_process_bytes (.+)$", metrics, re.MULTILINE)[0]) == num_bytes
 
 
 def test_router_of_another_base_is_refused_and_the_old_one_stays(tmp_path: Path, base: Base) -> None:
