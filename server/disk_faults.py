@@ -24,4 +24,5 @@ def disk_faults(metrics: ServerMetrics) -> Iterator[None]:
         logger.error("store not changed reason=%r path=%s", error.strerror, error.filename)
         if is_full:
             raise DiskFull("the disk of the store is full; nothing was changed") from error
-        raise DiskFailed("the disk of the store cannot be read or written; nothing was changed") from error
+        reason = error.strerror or type(error).__name__
+        raise DiskFailed(f"the disk of the store cannot be read or written ({reason}); nothing was changed") from error

@@ -58,12 +58,13 @@ class _CountedElsewhere(Collector):
 class TierMetrics:
     """The observer of one tier's cache."""
 
-    def __init__(self, metrics: "ServerMetrics", tier: str, source: str) -> None:
-        """`source` is where the tier's loads come from."""
+    def __init__(self, metrics: "ServerMetrics", tier: str, source: str, *, in_process: bool) -> None:
+        """`source` is where the tier's loads come from; `in_process`, whether it lies in the process's own memory."""
         self._lookups = {hit: metrics.cache_lookups.labels(tier, "hit" if hit else "miss") for hit in (True, False)}
         self._evictions = metrics.cache_evictions.labels(tier)
         self._resident = metrics.cache_resident.labels(tier)
         self._failures = metrics.load_failures.labels(source)
+        self._in_process = metrics.cache_in_process if in_process else None
 
     def lookup(self, hit: bool) -> None:
         self._lookups[hit].inc()
@@ -76,6 +77,8 @@ class TierMetrics:
 
     def resident(self, num_bytes: int) -> None:
         self._resident.set(num_bytes)
+        if self._in_process is not None:
+            self._in_process.set(num_bytes)
 
 
 class ServerMetrics:
@@ -99,6 +102,9 @@ class ServerMetrics:
         self.cache_lookups = counter("stack_cache_lookups_total", "Domains asked of a tier.", "tier", "result")
         self.cache_evictions = counter("stack_cache_evictions_total", "Domains evicted from a tier.", "tier")
         self.cache_resident = gauge("stack_cache_resident_bytes", "Bytes of domains in a tier.", "tier")
+        self.cache_in_process = gauge(
+            "stack_cache_process_bytes", "Bytes of domains in the process's own memory, which a GPU's is not."
+        )
         self.cache_budget = gauge("stack_cache_budget_bytes", "Bytes that a tier may hold.", "tier")
         self.load_seconds = histogram("stack_load_seconds", "Time of one domain's load.", SLOW_BUCKETS, "source")
         self.load_bytes = counter("stack_load_bytes_total", "Bytes that loads have read.", "source")

@@ -26,7 +26,10 @@ class FolderShare:
     """A sign that somebody uses the folder, held until it is closed or its process dies."""
 
     def __init__(self, path: Path, *, when_alone: Callable[[], None]) -> None:
-        """Calls `when_alone` first if nobody else has a share: what they left unfinished then belongs to nobody."""
+        """Calls `when_alone` first if nobody else has a share: what they left unfinished then belongs to nobody.
+
+        Not in a folder that cannot be written, where it could remove nothing.
+        """
         descriptor = _open_folder(path)
         self._close = weakref.finalize(self, os.close, descriptor)
         try:
@@ -34,7 +37,8 @@ class FolderShare:
         except BlockingIOError:
             pass
         else:
-            when_alone()
+            if os.access(path, os.W_OK):
+                when_alone()
         # From exclusive to shared there is an instant without a lock. Another newcomer may be alone in it; that harms
         # nobody, because a share that is not yet held has nothing unfinished.
         fcntl.flock(descriptor, fcntl.LOCK_SH)

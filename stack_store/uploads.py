@@ -1,6 +1,7 @@
 """Keeps uploaded and downloaded files until they are registered. Knows bytes and their digests, not what they mean."""
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,21 +62,27 @@ class BlobStore:
     """Uploads by digest, each at most max_bytes long. Thread-safe."""
 
     def __init__(self, path: Path, *, max_bytes: int) -> None:
-        """Makes the folder. Removes what interrupted uploads left, if no other process receives uploads there.
+        """Removes what interrupted uploads left, if no other process receives uploads there.
 
-        What interrupted downloads left is kept for a week, because the next attempt goes on with it.
+        What interrupted downloads left is kept for a week, because the next attempt goes on with it. A missing folder
+        is made for the first file that comes, so that a store that nobody changes may be read-only.
         """
         self.max_bytes = max_bytes
         self._path = path
-        make_folder(path)
-        self._share = FolderShare(path, when_alone=self._remove_unfinished)
+        self._joining = threading.Lock()
+        self._share: FolderShare | None = None
+        if path.is_dir():
+            self._join()
 
     def receive(self, sha256: str) -> BlobWriter:
-        return BlobWriter(self._blob(sha256), digest=sha256, max_bytes=self.max_bytes)
+        blob = self._blob(sha256)
+        self._join()
+        return BlobWriter(blob, digest=sha256, max_bytes=self.max_bytes)
 
     def resume(self, sha256: str, *, wait: Callable[[float], None]) -> PartialFile:
         """What earlier downloads of this digest left, or nothing yet; `wait` as in PartialFile."""
         blob = self._blob(sha256)
+        self._join()
         return PartialFile(blob.with_name(blob.name + PARTIAL_SUFFIX), wait=wait)
 
     def complete(self, partial: PartialFile, sha256: str) -> None:
@@ -96,7 +103,14 @@ class BlobStore:
         self._blob(sha256).unlink(missing_ok=True)
 
     def close(self) -> None:
-        self._share.close()
+        if self._share is not None:
+            self._share.close()
+
+    def _join(self) -> None:
+        with self._joining:
+            if self._share is None:
+                make_folder(self._path)
+                self._share = FolderShare(self._path, when_alone=self._remove_unfinished)
 
     def _blob(self, sha256: str) -> Path:
         # Also what keeps a name from leaving the folder.

@@ -3,13 +3,14 @@
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 EXAMPLE_SECONDS = 60.0
+END = "\x1e"  # of what an example prints: the record separator, which no answer has in it
 
 
 class Page:
@@ -21,14 +22,14 @@ class Page:
         self._name = name
         self._blocks = BLOCK.findall(shown)
 
-    def run_bash(self, folder: Path) -> list[str]:
-        """What each of the page's shell examples prints, each run in the checkout; one that fails raises.
+    def run_bash(self, folder: Path, *, times: int = 1) -> list[str]:
+        """What each of the page's shell examples prints; one that fails raises, and so does a refusal.
 
-        A refusal makes curl fail. `folder` is for curl's settings.
+        They run in one shell that begins in the checkout, the whole page `times` times. `folder` is for curl.
         """
         (folder / ".curlrc").write_text("fail-with-body\n")
         environ = {**os.environ, "CURL_HOME": str(folder)}
-        return [_run(code, environ) for kind, code in self._blocks if kind == "bash"]
+        return _run([code for kind, code in self._blocks if kind == "bash"] * times, environ)
 
     def run_python(self) -> dict[str, Any]:
         """Runs the page's Python examples as one program; the names that it has at its end."""
@@ -39,8 +40,10 @@ class Page:
         return known
 
 
-def _run(code: str, environ: Mapping[str, str]) -> str:
-    command = ["bash", "-euo", "pipefail", "-c", code]
-    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=EXAMPLE_SECONDS)
-    assert done.returncode == 0, f"{code}\nfailed: {done.stdout}{done.stderr}"
-    return done.stdout
+def _run(examples: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    command = ["bash", "-euo", "pipefail", "-c", f"printf '{END}'\n".join(examples)]
+    seconds = EXAMPLE_SECONDS * len(examples)
+    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    printed = done.stdout.split(END)
+    assert done.returncode == 0, f"{examples[len(printed) - 1]}\nfailed: {printed[-1]}{done.stderr}"
+    return printed

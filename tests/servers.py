@@ -368,7 +368,7 @@ def run_live_server(
     cache = ResidentCache[ResidentDomain](
         budget_bytes=budget_bytes,
         load=load,
-        observer=TierMetrics(metrics, "device", FILE_SOURCE),
+        observer=TierMetrics(metrics, "device", FILE_SOURCE, in_process=True),
         failure_ttl_seconds=failure_ttl_seconds,
     )
     catalog = Catalog(

@@ -50,7 +50,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_examples_in_a_shell_call_every_endpoint(server: ServerProcess, tmp_path: Path) -> None:
     before = len(server.log_text)
-    shown = Page("api.md", server.url).run_bash(tmp_path)
+    shown = Page("api.md", server.url).run_bash(tmp_path, times=2)
     calls = called(server.log_text[before:])
     assert endpoints(server) - calls.keys() == set()
     assert all(statuses <= {200, 201} for statuses in calls.values()), calls

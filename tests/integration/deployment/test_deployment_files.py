@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,14 @@ GRAFANA = ROOT / "docker" / "grafana"
 SET_BY_THE_IMAGE = {"BRAINSTACKS_SERVER__HOST", "BRAINSTACKS_SERVER__PORT", "BRAINSTACKS_STORE__PATH"}
 
 
-def composed(*options: str, **environ: str) -> dict[str, Any]:
-    """The services that compose makes of the shipped file, for one profile or with an override."""
+DEPLOYMENT_PAGE = (ROOT / "docs" / "deployment.md").read_text()
+DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
+
+
+def composed(*options: str, folder: Path = ROOT, **environ: str) -> dict[str, Any]:
+    """The services that compose makes of the file in the folder, for one profile or with an override."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("BRAINSTACKS_", "COMPOSE_"))}
-    shown = run_tool("docker-compose", *options, "config", "--format", "json", cwd=ROOT, env={**kept, **environ})
+    shown = run_tool("docker-compose", *options, "config", "--format", "json", cwd=folder, env={**kept, **environ})
     services: dict[str, Any] = json.loads(shown)["services"]
     return services
 
@@ -39,6 +44,34 @@ def test_each_profile_is_a_server_and_what_watches_it(profile: str, server: str)
         assert all(port["host_ip"] == "127.0.0.1" for port in service["ports"])
     devices = services[server].get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
     assert [device["capabilities"] for device in devices] == ([["gpu"]] if profile == "gpu" else [])
+    assert services[server]["init"] is True
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_a_server_that_does_not_start_is_watched(profile: str) -> None:
+    services = composed("--profile", profile)
+    assert "depends_on" not in services["prometheus"]
+    assert services["grafana"]["depends_on"].keys() == {"prometheus"}
+
+
+def test_another_gpu_is_chosen_as_the_documentation_says(tmp_path: Path) -> None:
+    (override,) = re.findall(r"^```yaml\n(.*?)^```", DEPLOYMENT_PAGE, re.DOTALL | re.MULTILINE)
+    (tmp_path / "override.yml").write_text(override)
+    services = composed("--profile", "gpu", "-f", "docker-compose.yml", "-f", str(tmp_path / "override.yml"))
+    (device,) = services["server-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "device_ids": ["1"], "capabilities": ["gpu"]}
+
+
+def test_the_documentation_tells_what_the_files_say() -> None:
+    (extras,) = re.findall(r'^ARG EXTRAS="(.*)"$', DOCKERFILE, re.MULTILINE)
+    assert f"(default: `{extras}`," in DEPLOYMENT_PAGE
+    (minutes,) = re.findall(r"--start-period=(\d+)m ", DOCKERFILE)
+    assert f"A container has {minutes} minutes to start" in DEPLOYMENT_PAGE
+    (seconds,) = re.findall(r"compose waits (\d+) seconds", DEPLOYMENT_PAGE)
+    for profile, server in (("cpu", "server"), ("gpu", "server-gpu")):
+        grace = re.fullmatch(r"(\d+)m(\d+)s", composed("--profile", profile)[server]["stop_grace_period"])
+        assert grace
+        assert 60 * int(grace[1]) + int(grace[2]) == int(seconds)
 
 
 def test_a_faulty_compose_file_is_told(tmp_path: Path) -> None:
@@ -58,6 +91,16 @@ def test_settings_of_the_shell_reach_the_server_and_no_others() -> None:
     assert services["server"]["environment"] == {"BRAINSTACKS_LOG__LEVEL": "debug"}
 
 
+def test_values_of_the_env_file_are_taken_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "docker").mkdir()
+    for file in ("docker-compose.yml", "docker/passed.env"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    value = """a$b${HOME}'c' "d" #e"""
+    (tmp_path / "brainstacks.env").write_text(f"# keys\nBRAINSTACKS_SERVER__ADMIN_KEY={value}\n")
+    services = composed("--profile", "cpu", folder=tmp_path)
+    assert services["server"]["environment"]["BRAINSTACKS_SERVER__ADMIN_KEY"].replace("$$", "$") == value
+
+
 def test_every_setting_can_be_passed_on() -> None:
     settings = {
         f"BRAINSTACKS_{section}__{key}".upper()
@@ -74,7 +117,7 @@ def test_the_dockerfile_passes_hadolint() -> None:
 
 def test_the_image_is_labelled_with_the_version_of_the_package() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert f"ARG VERSION={version}\n" in (ROOT / "docker" / "Dockerfile").read_text()
+    assert f"ARG VERSION={version}\n" in DOCKERFILE
 
 
 def test_prometheus_accepts_its_configuration_and_its_rules() -> None:
@@ -95,12 +138,11 @@ def alert_rules() -> list[dict[str, Any]]:
 
 
 def test_every_alert_says_what_is_wrong_and_is_in_the_documentation() -> None:
-    page = (ROOT / "docs" / "deployment.md").read_text()
     for rule in alert_rules():
         assert rule["labels"]["severity"] in {"critical", "warning", "info"}, rule["alert"]
         assert rule["annotations"]["summary"], rule["alert"]
         assert rule["annotations"]["description"], rule["alert"]
-        assert f"`{rule['alert']}`" in page
+        assert f"`{rule['alert']}`" in DEPLOYMENT_PAGE
 
 
 def test_the_dashboard_is_provisioned_with_its_data_source() -> None:

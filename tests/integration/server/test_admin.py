@@ -456,7 +456,7 @@ def test_client_who_hangs_up_during_an_upload_leaves_nothing(
     head = f"PUT /admin/blobs/{'0' * 64} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {ADMIN_KEY}\r\n"
     with socket.create_connection((address.hostname, address.port), timeout=WAIT_SECONDS) as connection:
         connection.sendall(head.encode() + b"content-length: 1000\r\n\r\nhalf")
-        wait_until(lambda: any((server.registry.path / "uploads").iterdir()), what="the upload has begun")
+        wait_until(lambda: any((server.registry.path / "uploads").glob("*")), what="the upload has begun")
     labels = {"endpoint": "/admin/blobs/{sha256}", "status": "499"}
     sample = server.service.metrics.registry.get_sample_value
     wait_until(lambda: sample("brainstacks_requests_total", labels) == 1, what="the request has ended")

@@ -1,6 +1,7 @@
 """The real parts put together: a tiny random base, trained nothing, on a store that is made at the first start."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -99,6 +100,23 @@ def test_registered_domains_and_router_answer_at_once_and_after_a_restart(tmp_pa
         assert ask(client).json()["choices"] == routed["choices"]
 
 
+def test_a_store_that_cannot_be_made_is_named(tmp_path: Path, base: Base) -> None:
+    (tmp_path / "file").touch()
+    settings = settings_for(tmp_path / "file")
+    with pytest.raises(ConfigInvalid, match=re.escape(f"store.path: no store can be made in '{tmp_path}/file/store'")):
+        compose_app_for(base, settings)
+
+
+def test_on_a_cpu_domains_take_memory_of_the_process(tmp_path: Path, base: Base) -> None:
+    with serve_app(compose_app_for(base, settings_for(tmp_path))) as url, httpx.Client(base_url=url) as client:
+        client.headers["authorization"] = "Bearer k"
+        body = {"stacks": [{"path": write_domain(tmp_path, base, "math", seed=0)}]}
+        client.put("/admin/domains/math", json=body).raise_for_status()
+        num_bytes = client.post("/admin/domains/math/pin").json()["resident_bytes"]
+        metrics = client.get("/metrics").text
+    assert float(re.findall(r"^brainstacks_stack_cache_process_bytes (.+)$", metrics, re.MULTILINE)[0]) == num_bytes
+
+
 def test_router_of_another_base_is_refused_and_the_old_one_stays(tmp_path: Path, base: Base) -> None:
     with serve_app(compose_app_for(base, settings_for(tmp_path))) as url, httpx.Client(base_url=url) as client:
         client.headers["authorization"] = "Bearer k"
@@ -176,7 +194,7 @@ def test_store_whose_creation_was_cut_off_is_made_anew(tmp_path: Path, base: Bas
     (tmp_path / "store" / "domains").mkdir(parents=True)
     (tmp_path / "store" / f".{'a' * 16}.tmp").write_text("half a manifest")
     compose_app_for(base, settings_for(tmp_path))
-    assert {path.name for path in (tmp_path / "store").iterdir()} == {"domains", "routers", "uploads", "manifest.json"}
+    assert {path.name for path in (tmp_path / "store").iterdir()} == {"domains", "routers", "manifest.json"}
 
 
 def test_store_of_another_base_is_refused(tmp_path: Path, base: Base) -> None:

@@ -3,6 +3,7 @@
 The faults are real: the kernel's own errors, by limits of this process and by files that cannot be read.
 """
 
+import hashlib
 import resource
 import signal
 import threading
@@ -17,7 +18,7 @@ from stack_store.format import pack_groups, write_stack
 from tests.fakes import random_projections, tiny_header
 from tests.integration.server.conftest import ADMIN_KEY
 from tests.integration.server.test_admin import law_file, put_law, upload
-from tests.servers import LiveServer, run_live_server, wait_until
+from tests.servers import LiveServer, make_store, run_live_server, wait_until
 
 UNREADABLE = Path("/proc/self/mem")  # opens like a file, and every read of its beginning is an input/output error
 MIB = 1 << 20
@@ -83,6 +84,19 @@ def test_an_upload_to_a_full_disk_is_refused_and_leaves_nothing(server: LiveServ
     wait_until(lambda: files_below(server.registry.path) == before, what="no part of the upload is left")
     assert server.metric("brainstacks_store_disk_faults_total", fault="full") == 1
     upload(api, content)
+
+
+def test_a_server_whose_store_takes_no_uploads_serves_and_says_why_it_takes_none(tmp_path: Path) -> None:
+    """A file in the folder's place stands for a read-only file system, which binds root too."""
+    make_store(tmp_path / "store", tmp_path / "import").close()
+    (tmp_path / "store" / "uploads").touch()
+    keys = {"server": {"admin_key": ADMIN_KEY}}
+    with run_live_server(tmp_path, settings=keys) as server, server.client(ADMIN_KEY) as api:
+        assert server.chat(model="tiny:math").status_code == 200
+        content = law_file(server).read_bytes()
+        refused = api.put(f"/admin/blobs/{hashlib.sha256(content).hexdigest()}", content=content)
+        assert code_of(refused) == (503, "disk_failed")
+        assert "(File exists)" in refused.json()["error"]["message"]
 
 
 def test_a_manifest_that_cannot_be_written_leaves_the_old_store(server: LiveServer, api: httpx.Client) -> None:

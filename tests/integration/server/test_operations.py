@@ -26,6 +26,7 @@ CONTRACT = (
     "brainstacks_stack_cache_lookups_total",
     "brainstacks_stack_cache_evictions_total",
     "brainstacks_stack_cache_resident_bytes",
+    "brainstacks_stack_cache_process_bytes",
     "brainstacks_stack_cache_budget_bytes",
     "brainstacks_stack_load_seconds",
     "brainstacks_stack_load_bytes_total",

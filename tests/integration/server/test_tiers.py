@@ -35,13 +35,13 @@ class Tiers:
         self.host = ResidentCache[ResidentDomain](
             budget_bytes=int(host_domains * one),
             load=self.files,
-            observer=TierMetrics(self.metrics, "host", FILE_SOURCE),
+            observer=TierMetrics(self.metrics, "host", FILE_SOURCE, in_process=True),
             failure_ttl_seconds=failure_ttl_seconds,
         )
         self.device = ResidentCache[ResidentDomain](
             budget_bytes=one,
             load=DeviceLoader(self.files, self.host),
-            observer=TierMetrics(self.metrics, "device", HOST_SOURCE),
+            observer=TierMetrics(self.metrics, "device", HOST_SOURCE, in_process=False),
             failure_ttl_seconds=failure_ttl_seconds,
         )
         self.catalog = Catalog(

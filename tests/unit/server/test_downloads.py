@@ -42,6 +42,7 @@ class GatedDownloader(Downloader):
 
 @pytest.fixture
 def parts(tmp_path: Path) -> tuple[Downloads, GatedDownloader]:
+    (tmp_path / "uploads").mkdir()
     uploads = BlobStore(tmp_path / "uploads", max_bytes=100)
     storage = ObjectStorage(["memory://x"], {})
     sources = Sources(make_store(tmp_path / "store", tmp_path / "import"), uploads, import_root=None)

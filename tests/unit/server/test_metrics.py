@@ -19,7 +19,8 @@ def test_two_servers_in_one_process_do_not_share_numbers() -> None:
 
 def test_events_of_a_tier_are_counted_as_its_own() -> None:
     metrics = ServerMetrics(version="1", base="tiny")
-    host, device = TierMetrics(metrics, "host", "file"), TierMetrics(metrics, "device", "host")
+    host = TierMetrics(metrics, "host", "file", in_process=True)
+    device = TierMetrics(metrics, "device", "host", in_process=False)
     host.lookup(True)
     host.evicted("math@1", 100)
     host.failed("math@1", ValueError("broken"))
@@ -38,6 +39,7 @@ def test_events_of_a_tier_are_counted_as_its_own() -> None:
     assert sample("brainstacks_stack_cache_evictions_total", {"tier": "host"}) == 1
     assert sample("brainstacks_stack_cache_resident_bytes", {"tier": "host"}) == 300
     assert sample("brainstacks_stack_cache_resident_bytes", {"tier": "device"}) == 200
+    assert sample("brainstacks_stack_cache_process_bytes") == 300
 
 
 def test_tokens_that_come_together_share_the_gap() -> None:

@@ -1,6 +1,7 @@
 """An upload is whole and what its digest names, or it is not there."""
 
 import hashlib
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,25 @@ def test_an_upload_is_there_once_it_is_committed(tmp_path: Path) -> None:
             uploads.blob_path(DIGEST)
         assert writer.commit() == uploads.blob_path(DIGEST)
     assert uploads.blob_path(DIGEST).read_bytes() == CONTENT
+
+
+def test_the_folder_is_made_for_the_first_file_that_comes(tmp_path: Path) -> None:
+    uploads = BlobStore(tmp_path / "uploads", max_bytes=len(CONTENT))
+    assert not uploads.has(DIGEST)
+    uploads.remove(DIGEST)
+    assert list(tmp_path.iterdir()) == []
+    with uploads.resume(DIGEST, wait=time.sleep) as partial:
+        partial.append(CONTENT)
+        uploads.complete(partial, DIGEST)
+    assert uploads.has(DIGEST)
+    uploads.close()
+
+
+def test_nothing_is_tidied_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".0123456789abcdef.tmp").write_bytes(b"half")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # as on a read-only file system
+    BlobStore(tmp_path, max_bytes=10).close()
+    assert [path.name for path in tmp_path.iterdir()] == [".0123456789abcdef.tmp"]
 
 
 def test_other_bytes_than_promised_are_refused(tmp_path: Path) -> None:
