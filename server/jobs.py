@@ -2,7 +2,7 @@
 
 import asyncio
 
-from engine.errors import GrammarUnsupported
+from engine.errors import GrammarBusy, GrammarUnsupported
 from engine.grammar import Grammar
 from engine.types import SamplingParams
 from server.answer_grammar import AnswerForm, read_form
@@ -52,7 +52,8 @@ async def _compile(service: Service, form: AnswerForm) -> Grammar | None:
     """Off the event loop and off the engine's thread. InvalidRequest, with the reason, for what cannot be followed."""
     if form.grammar is None:
         return None
-    compiling = asyncio.wrap_future(service.grammars.compile(form.grammar))
+    begun = service.grammars.compile(form.grammar)
+    compiling = asyncio.wrap_future(begun)
     compiling.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, if nobody waits any more
     try:
         async with asyncio.timeout(COMPILE_SECONDS):
@@ -60,6 +61,8 @@ async def _compile(service: Service, form: AnswerForm) -> Grammar | None:
     except GrammarUnsupported as error:
         raise InvalidRequest(f"{form.param}: {error}", param=form.param) from error
     except TimeoutError as error:
+        if not begun.running():
+            raise GrammarBusy(f"others' schemas have been compiled for {COMPILE_SECONDS:.0f} seconds") from error
         raise InvalidRequest(
             f"{form.param}: the schema takes longer than {COMPILE_SECONDS:.0f} seconds to compile", param=form.param
         ) from error

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from engine.errors import GrammarTooComplex
+from engine.grammar import Grammar
 from server.schemas import ChatCompletionRequest
 from server.tool_format import write_call
 from tests.servers import LiveServer, run_live_server
@@ -316,3 +318,19 @@ def test_content_of_every_role_may_come_in_parts(calling: LiveServer, role: str)
 def test_null_is_as_good_as_nothing_for_every_field(calling: LiveServer) -> None:
     fields = set(ChatCompletionRequest.model_fields) - {"messages"}
     assert calling.chat("?", **dict.fromkeys(fields)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("is_running", "status", "code"), [(True, 400, "invalid_value"), (False, 429, "grammars_busy")]
+)
+def test_a_schema_that_takes_too_long_is_refused_but_not_one_that_waits_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_running: bool, status: int, code: str
+) -> None:
+    compiling: Future[Grammar] = Future()
+    if is_running:
+        compiling.set_running_or_notify_cancel()
+    monkeypatch.setattr("server.jobs.COMPILE_SECONDS", 0.05)
+    with make(tmp_path) as server:
+        monkeypatch.setattr(server.service.grammars, "compile", lambda _: compiling)
+        answer = server.chat(response_format={"type": "json_object"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
