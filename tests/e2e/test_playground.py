@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,8 @@ MEDICAL = "What are the symptoms of iron deficiency anemia?"
 WAIT_MILLISECONDS = 15_000
 NO_NUMBER = "\N{EN DASH}"
 PHONE = {"width": 360, "height": 740}
+CHAT = "/v1/chat/completions"
+LONG = "Tell me a long story about a lighthouse keeper."
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +153,7 @@ def test_a_conversation_goes_on_and_a_new_chat_forgets_it(visit: Visit) -> None:
     ask(page, MEDICAL)
     expect(answers(page)).to_have_count(1, timeout=WAIT_MILLISECONDS)
     expect(answers(page)).to_contain_text("cold")  # nobody asked for it before
-    sent = [[message["content"] for message in body["messages"]] for body in visit.bodies("/v1/chat/completions")]
+    sent = [[message["content"] for message in body["messages"]] for body in visit.bodies(CHAT)]
     assert sent[0] == [MATH]
     assert sent[1] == [MATH, first, "And in 3 boxes?"]
     assert sent[2] == [MEDICAL]
@@ -158,14 +161,24 @@ def test_a_conversation_goes_on_and_a_new_chat_forgets_it(visit: Visit) -> None:
 
 def test_stop_keeps_what_came_and_frees_the_server(visit: Visit, server: ServerProcess) -> None:
     page = visit.open()
-    ask(page, "Tell me a long story about a lighthouse keeper.", tokens=1500)
+    ask(page, LONG, tokens=1500)
     expect(page.locator("article .text")).not_to_be_empty(timeout=WAIT_MILLISECONDS)
+    wait_for_running(server, 1)
     page.get_by_role("button", name="Stop").click()
     expect(answers(page)).to_contain_text("Stopped.")
-    assert answers(page).locator(".text").inner_text()
-    expect(page.get_by_role("button", name="Send")).to_be_visible()
-    page.goto(f"{visit.url}/#store")
-    expect(page.locator("#traffic dd").first).to_have_text("0")  # nothing runs any more
+    wait_for_running(server, 0)
+    ask(page, "And then?", tokens=2)
+    expect(answers(page)).to_have_count(2, timeout=WAIT_MILLISECONDS)
+    said = visit.bodies(CHAT)[-1]["messages"]
+    assert [message["content"] for message in said] == [LONG, said[1]["content"], "And then?"]
+    assert said[1]["content"].startswith(answers(page).first.locator(".text p").first.inner_text())
+
+
+def wait_for_running(server: ServerProcess, count: int) -> None:
+    """Until the engine works on so many requests."""
+    ends = time.monotonic() + WAIT_MILLISECONDS / 1000
+    while server.metric("brainstacks_requests_running") != count:
+        assert time.monotonic() < ends, f"never {count} running"
 
 
 def test_sliders_force_the_mix_and_begin_at_the_last_answers(visit: Visit) -> None:
@@ -182,7 +195,7 @@ def test_sliders_force_the_mix_and_begin_at_the_last_answers(visit: Visit) -> No
     ask(page, MATH, tokens=2)
     expect(answers(page)).to_have_count(2, timeout=WAIT_MILLISECONDS)
     assert mix_of(answers(page).nth(1)) == {"code": (NO_NUMBER, "0.50"), "medical": (NO_NUMBER, "0.05")}
-    assert visit.bodies("/v1/chat/completions")[-1]["brainstacks"] == {"mix": {"code": 0.5, "medical": 0.05}}
+    assert visit.bodies(CHAT)[-1]["brainstacks"] == {"mix": {"code": 0.5, "medical": 0.05}}
     page.get_by_role("radio", name="Base").check()
     ask(page, MATH, tokens=2)
     expect(answers(page).nth(2)).to_contain_text("Answered by the base alone.", timeout=WAIT_MILLISECONDS)
@@ -200,7 +213,7 @@ def test_two_mixes_answer_one_question_side_by_side_at_once(visit: Visit) -> Non
     assert float(mix_of(left)["math"][1]) > 0.9
     assert mix_of(right) == {"code": (NO_NUMBER, "1.00")}
     assert left.locator(".text").inner_text() != right.locator(".text").inner_text()
-    a, b = visit.bodies("/v1/chat/completions")
+    a, b = visit.bodies(CHAT)
     assert (a["messages"], a["seed"]) == (b["messages"], b["seed"])
     boxes = left.bounding_box(), right.bounding_box()
     assert boxes[0] is not None
@@ -232,7 +245,7 @@ def test_an_error_has_its_code_and_can_be_tried_again(visit: Visit) -> None:
     page.get_by_label("Max tokens").fill("2")
     alert.get_by_role("button", name="Try again").click()
     expect(page.locator(".report")).to_have_count(1, timeout=WAIT_MILLISECONDS)
-    assert len(visit.bodies("/v1/chat/completions")[-1]["messages"]) == 1  # the failed turn is not part of the chat
+    assert len(visit.bodies(CHAT)[-1]["messages"]) == 1  # the failed turn is not part of the chat
 
 
 def test_tiers_show_bytes_and_hit_rate_without_a_key_and_every_domain_with_it(visit: Visit) -> None:
