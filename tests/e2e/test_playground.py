@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, Route, expect
 
 from tests.browsers import find_chromium, run_chromium
 from tests.e2e.server_process import ADMIN_KEY, ServerProcess
@@ -35,6 +35,8 @@ NO_NUMBER = "\N{EN DASH}"
 PHONE = {"width": 360, "height": 740}
 CHAT = "/v1/chat/completions"
 LONG = "Tell me a long story about a lighthouse keeper."
+FIRST_PIECE = f"data: {json.dumps({'choices': [{'delta': {'content': 'Eggs are'}}]})}\n\n"
+LATE_ERROR = f"data: {json.dumps({'error': {'message': 'the engine failed', 'code': 'engine_failed'}})}\n\n"
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +181,57 @@ def wait_for_running(server: ServerProcess, count: int) -> None:
     ends = time.monotonic() + WAIT_MILLISECONDS / 1000
     while server.metric("brainstacks_requests_running") != count:
         assert time.monotonic() < ends, f"never {count} running"
+
+
+@pytest.mark.parametrize(("rest", "code"), [("", "stream_broken"), (LATE_ERROR, "engine_failed")])
+def test_an_answer_that_breaks_off_is_no_part_of_the_conversation(visit: Visit, rest: str, code: str) -> None:
+    page = visit.open()
+    broken = {"content_type": "text/event-stream", "body": FIRST_PIECE + rest}
+    page.route(f"**{CHAT}", lambda route: route.fulfill(**broken), times=1)
+    ask(page, MATH, tokens=2)
+    expect(page.locator("article .text")).to_have_text("Eggs are")
+    expect(page.get_by_role("alert")).to_contain_text(code)
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".report")).to_have_count(1, timeout=WAIT_MILLISECONDS)
+    expect(page.locator(".asked")).to_have_text([MATH])
+    assert [message["content"] for message in visit.bodies(CHAT)[-1]["messages"]] == [MATH]
+
+
+def test_a_failed_question_stays_while_another_answer_streams(visit: Visit) -> None:
+    page = visit.open()
+    ask(page, MATH, tokens=100_000)
+    again = page.get_by_role("button", name="Try again")
+    expect(again).to_be_visible()
+    ask(page, LONG, tokens=1500)
+    expect(page.locator("article[aria-busy=true] .text")).not_to_be_empty(timeout=WAIT_MILLISECONDS)
+    again.click()
+    expect(page.locator(".asked")).to_have_text([MATH, LONG])
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("article[aria-busy=true]")).to_have_count(0)
+    page.get_by_label("Max tokens").fill("2")
+    again.click()
+    expect(page.locator(".asked")).to_have_text([LONG, MATH])
+    expect(page.locator(".report")).to_have_count(1, timeout=WAIT_MILLISECONDS)
+
+
+def test_a_question_stays_in_its_field_until_the_server_takes_it(visit: Visit) -> None:
+    page = visit.open(api_key=None)
+    expect(page.get_by_role("alert")).to_contain_text("invalid_api_key")
+    with page.expect_response("**/v1/models"):
+        ask(page, MATH, tokens=2)
+    expect(page.get_by_role("alert")).to_contain_text("invalid_api_key")
+    expect(page.get_by_label("Your question")).to_have_value(MATH)
+    held: list[Route] = []
+    page.route("**/v1/models", lambda route: held.append(route), times=2)  # a method of a list takes no mark
+    page.get_by_label("API key").fill("secret")
+    page.get_by_label("Your question").press("Enter")
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    page.get_by_label("Your question").press("Enter")
+    for route in held:
+        route.continue_()
+    expect(page.get_by_label("Your question")).to_have_value("")
+    expect(page.locator(".report")).to_have_count(1, timeout=WAIT_MILLISECONDS)
+    assert len(visit.bodies(CHAT)) == 1
 
 
 def test_sliders_force_the_mix_and_begin_at_the_last_answers(visit: Visit) -> None:
