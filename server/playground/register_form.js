@@ -92,8 +92,9 @@ export class RegisterForm extends EventTarget {
     try {
       const stacks = this.#isUpload() ? await this.#uploaded() : this.#named();
       if (!stacks.length) throw new TypeError(this.#isUpload() ? "Choose at least one stack file." : "Name at least one path.");
+      this.stop.hidden = true; // nobody can take back what the server is asked now
       const path = `admin/domains/${encodeURIComponent(name)}`;
-      const answer = await call("PUT", path, { key: adminKey, body: { stacks, dry_run: isDry }, generation: this.domains.generation, signal: this.#running.signal });
+      const answer = await call("PUT", path, { key: adminKey, body: { stacks, dry_run: isDry }, generation: this.domains.generation });
       this.#say(told(answer));
       if (!isDry) this.#reset();
     } catch (error) {

@@ -368,7 +368,12 @@ def test_a_domain_in_use_drains_when_it_is_deleted_and_comes_back_by_upload(
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#register [role=status]")).to_contain_text("Cancelled; the store is as it was.")
     slow_uploads(visit, bytes_per_second=-1)
+    held: list[Route] = []
+    page.route("**/admin/domains/medical", lambda route: held.append(route), times=1)
     register.click()
+    expect(page.get_by_label("Verifying and registering")).to_be_visible()
+    expect(page.get_by_role("button", name="Cancel")).to_be_hidden()  # the server goes on whatever the page does
+    held[0].continue_()
     expect(page.locator("#register [role=status]")).to_contain_text("Registered: medical, 2 rounds")
     expect(page.locator("[data-domain=medical]")).to_contain_text("on disk")
     generation = server.admin("GET", "/admin/domains").json()["generation"]
