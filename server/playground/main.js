@@ -119,8 +119,8 @@ async function learn() {
     const box = failureBox(error, { retry: learn });
     box.id = "server-failure";
     document.querySelector(".stage").prepend(box);
-    $("server").textContent = error.status === 401 ? "needs a key" : "not reached";
-    if (error.status === 401) {
+    $("server").textContent = error.isAboutKey ? "needs a key" : "not reached";
+    if (error.isAboutKey) {
       $("settings").open = true;
       $("api-key").focus();
     }

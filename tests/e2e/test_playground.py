@@ -197,6 +197,23 @@ def test_an_answer_that_breaks_off_is_no_part_of_the_conversation(visit: Visit, 
     assert [message["content"] for message in visit.bodies(CHAT)[-1]["messages"]] == [MATH]
 
 
+def test_a_connection_that_breaks_within_an_answer_is_told_in_words(visit: Visit) -> None:
+    page = visit.open()
+    expect(page.locator("#server")).to_contain_text("5 domains")
+    page.evaluate(
+        """(piece) => {
+            const broken = { start: (to) => to.enqueue(new TextEncoder().encode(piece)),
+                             pull: (to) => to.error(new TypeError("network error")) };
+            window.fetch = async () => new Response(new ReadableStream(broken, { highWaterMark: 0 }));
+        }""",
+        FIRST_PIECE,
+    )
+    ask(page, MATH)
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("The connection broke before the answer was complete.")
+    expect(alert.locator(".codes")).to_have_text("network")
+
+
 def test_a_failed_question_stays_while_another_answer_streams(visit: Visit) -> None:
     page = visit.open()
     ask(page, MATH, tokens=100_000)
@@ -299,6 +316,24 @@ def test_an_error_has_its_code_and_can_be_tried_again(visit: Visit) -> None:
     alert.get_by_role("button", name="Try again").click()
     expect(page.locator(".report")).to_have_count(1, timeout=WAIT_MILLISECONDS)
     assert len(visit.bodies(CHAT)[-1]["messages"]) == 1  # the failed turn is not part of the chat
+
+
+def test_what_the_page_itself_refuses_is_told_in_words(visit: Visit) -> None:
+    page = visit.open(api_key="left\N{EN DASH}right")
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("The API key holds “\N{EN DASH}”")
+    expect(page.get_by_label("API key")).to_be_focused()
+    page.get_by_role("link", name="Store", exact=True).first.click()
+    page.get_by_label("Admin key").fill("\N{SNOWMAN}")
+    page.get_by_label("Admin key").press("Enter")
+    expect(alert).to_contain_text("The admin key holds “\N{SNOWMAN}”")
+    expect(alert).to_contain_text("Enter the right admin key")
+    page.get_by_label("Admin key").fill(ADMIN_KEY)
+    page.get_by_label("Admin key").press("Enter")
+    page.get_by_label("Name").fill("law")
+    page.get_by_role("button", name="Register", exact=True).click()
+    expect(alert).to_contain_text("Choose at least one stack file.")
+    expect(alert.locator(".codes")).to_have_text("no_stacks")
 
 
 def test_tiers_show_bytes_and_hit_rate_without_a_key_and_every_domain_with_it(visit: Visit) -> None:
