@@ -251,6 +251,17 @@ def test_a_question_stays_in_its_field_until_the_server_takes_it(visit: Visit) -
     assert len(visit.bodies(CHAT)) == 1
 
 
+def test_the_threshold_is_known_when_the_router_was_asked_too_often(visit: Visit) -> None:
+    page = visit.open()
+    expect(page.locator("#server")).to_contain_text("5 domains")
+    limit = {"status": 429, "json": {"error": {"message": "too many requests", "code": "rate_limit_exceeded"}}}
+    page.route("**/v1/route", lambda route: route.fulfill(**limit))
+    with page.expect_response("**/v1/route"):
+        page.get_by_role("button", name="New chat").click()
+    ask(page, MATH, tokens=2)
+    expect(page.locator(".report")).to_contain_text("threshold 0.12", timeout=WAIT_MILLISECONDS)
+
+
 def test_sliders_force_the_mix_and_begin_at_the_last_answers(visit: Visit) -> None:
     page = visit.open()
     ask(page, MATH, tokens=2)
