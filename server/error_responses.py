@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 
 from engine.errors import EngineError
 from router.errors import RouterError
@@ -97,14 +97,17 @@ async def _http(request: Request, error: Exception) -> Response:
     code = CODES_BY_STATUS.get(error.status_code, "http_error")
     message = f"{error.detail}: {request.method} {request.url.path}"
     body = error_body(message, status=error.status_code, code=code)
-    headers = {"allow": ", ".join(_allowed_methods(request))} if error.status_code == 405 else error.headers
+    headers = error.headers
+    if error.status_code == 405 and (methods := _allowed_methods(request)):
+        headers = {"allow": ", ".join(methods)}
     return JSONResponse(body, error.status_code, headers)
 
 
 def _allowed_methods(request: Request) -> list[str]:
-    """Of all routes that have the path: Starlette names those of the first only."""
-    scopes = {method: dict(request.scope) | {"method": method} for method in METHODS}
-    routes = request.app.router.routes
+    """Of all routes that have the path: Starlette names those of the first only. A mount names its own."""
+    root = request.scope.get("app_root_path", request.scope.get("root_path", ""))  # before a mount took its part
+    scopes = {method: dict(request.scope) | {"method": method, "root_path": root} for method in METHODS}
+    routes = [route for route in request.app.router.routes if not isinstance(route, Mount)]
     return [name for name, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes)]
 
 

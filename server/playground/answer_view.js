@@ -10,6 +10,7 @@ import { streamChat } from "./server.js";
 export class AnswerView {
   text = new AnswerText();
   succeeded = false;
+  failed = false; // neither succeeded nor was stopped
 
   constructor(facts, { label = "Answer", title = null } = {}) {
     this.facts = facts;
@@ -42,8 +43,9 @@ export class AnswerView {
       this.report = last.report;
       if (last.report) summary = `Mix: ${mixInWords(last.report.mix)}.`;
     } catch (error) {
-      if (error.name === "AbortError") this.#note("Stopped.");
-      else this.root.append(failureBox(error, { retry }));
+      this.failed = error.name !== "AbortError";
+      if (this.failed) this.root.append(failureBox(error, { retry }));
+      else this.#note("Stopped.");
     }
     this.progress.remove();
     this.text.draw();

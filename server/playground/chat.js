@@ -12,7 +12,7 @@ export class Chat {
     this.scroll = new LogScroll($("chat-log"));
   }
 
-  /** One turn. A failed one leaves the conversation as it was before, so that it can be asked again. */
+  /** One turn. A failed one leaves the conversation as it was before, so that `retry` can ask again if it accepts it. */
   async ask(question, { signal, retry }) {
     $("chat-hint").hidden = true;
     const messages = this.#messages; // a new chat may begin while the answer comes: it is still this one's
@@ -22,13 +22,13 @@ export class Chat {
     this.scroll.toEnd();
     messages.push({ role: "user", content: question });
     const body = { model: this.facts.model, messages, brainstacks: this.picker.field, ...this.sampling() };
-    const again = () => {
+    const again = async () => {
+      if (!await retry(question)) return;
       asked.remove();
       answer.root.remove();
-      retry(question);
     };
     await answer.stream(body, { signal, onGrowth: () => this.scroll.follow(), retry: again });
-    if (answer.text.value) messages.push({ role: "assistant", content: answer.text.value });
+    if (answer.text.value && !answer.failed) messages.push({ role: "assistant", content: answer.text.value });
     else messages.pop();
     if (answer.report) this.picker.suggest(answer.report.mix);
   }

@@ -12,8 +12,7 @@ const ADVICE = {
 
 /** `forAdmin`: which of the two keys was wrong. `retry`: what a button tries again. */
 export function failureBox(error, { forAdmin = false, retry = null } = {}) {
-  const isKey = error.code === "invalid_api_key" || error.status === 401;
-  const advice = isKey ? `Enter ${forAdmin ? "the right admin key" : "an API key of this server under Settings, Access"}.` : ADVICE[error.code];
+  const advice = error.isAboutKey ? `Enter ${forAdmin ? "the right admin key" : "an API key of this server under Settings, Access"}.` : ADVICE[error.code];
   const facts = [error.code ?? error.name, error.status && `status ${error.status}`, error.requestId];
   return element("div", { className: "failure", role: "alert" },
     element("p", { className: "message", textContent: error.message }),

@@ -59,13 +59,20 @@ function fitSettings() {
 
 // ---- asking
 
+/** Whether it is asked: not while another answer comes, nor before the server told its model. Does not wait for the answer. */
 async function ask(question) {
-  if (!question.trim() || running) return;
-  if (!facts.model && !await learn()) return;
+  if (!question.trim() || running) return false;
   running = new AbortController();
+  const { signal } = running;
   setBusy(true);
   const asker = view === "compare" ? compare : chat;
-  await asker.ask(question.trim(), { signal: running.signal, retry: ask });
+  const isAsked = (facts.model !== null || await learn()) && !signal.aborted;
+  if (isAsked) asker.ask(question.trim(), { signal, retry: ask }).finally(finish);
+  else finish();
+  return isAsked;
+}
+
+function finish() {
   running = null;
   setBusy(false);
 }
@@ -78,13 +85,12 @@ function setBusy(isBusy) {
   hurryIfWatched();
 }
 
-function submit(event) {
+async function submit(event) {
   event.preventDefault();
   const question = $("question").value;
-  if (!question.trim() || running) return;
+  if (!await ask(question) || $("question").value !== question) return;
   $("question").value = "";
   fitQuestion();
-  ask(question);
 }
 
 function fitQuestion() {
@@ -109,11 +115,12 @@ async function learn() {
     await facts.refresh();
     return true;
   } catch (error) {
+    $("server-failure")?.remove(); // of somebody who asked meanwhile
     const box = failureBox(error, { retry: learn });
     box.id = "server-failure";
     document.querySelector(".stage").prepend(box);
-    $("server").textContent = error.status === 401 ? "needs a key" : "not reached";
-    if (error.status === 401) {
+    $("server").textContent = error.isAboutKey ? "needs a key" : "not reached";
+    if (error.isAboutKey) {
       $("settings").open = true;
       $("api-key").focus();
     }

@@ -1,7 +1,7 @@
 // Registers or replaces a domain, from files of this computer or paths on the server. Knows one form and its progress.
 import { counted, element, inBytes } from "./dom.js";
 import { failureBox } from "./failure_box.js";
-import { adminKey, call } from "./server.js";
+import { adminKey, call, RequestFailed } from "./server.js";
 import { uploadAll } from "./uploads.js";
 
 /** Dispatches `change` when the store has changed. */
@@ -91,9 +91,10 @@ export class RegisterForm extends EventTarget {
     this.#setBusy(true);
     try {
       const stacks = this.#isUpload() ? await this.#uploaded() : this.#named();
-      if (!stacks.length) throw new TypeError(this.#isUpload() ? "Choose at least one stack file." : "Name at least one path.");
+      if (!stacks.length) throw new RequestFailed(this.#isUpload() ? "Choose at least one stack file." : "Name at least one path.", { code: "no_stacks" });
+      this.stop.hidden = true; // nobody can take back what the server is asked now
       const path = `admin/domains/${encodeURIComponent(name)}`;
-      const answer = await call("PUT", path, { key: adminKey, body: { stacks, dry_run: isDry }, generation: this.domains.generation, signal: this.#running.signal });
+      const answer = await call("PUT", path, { key: adminKey, body: { stacks, dry_run: isDry }, generation: this.domains.generation });
       this.#say(told(answer));
       if (!isDry) this.#reset();
     } catch (error) {

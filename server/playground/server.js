@@ -1,17 +1,24 @@
 // Asks the server. Knows its HTTP contract and the two keys, which live as long as this tab; not what is shown.
 
+const NOT_IN_HEADERS = /[^\t\x20-\x7e\x80-\xff]/u;
+
 /** What went wrong, in the server's own words and with its code. */
 export class RequestFailed extends Error {
   constructor(message, { status = 0, code = "network", requestId = null } = {}) {
     super(message);
     Object.assign(this, { status, code, requestId });
   }
+
+  get isAboutKey() {
+    return this.code === "invalid_api_key" || this.status === 401;
+  }
 }
 
 /** A key that is kept in this tab's session storage only. */
 class Key {
-  constructor(name) {
+  constructor(name, title) {
     this.name = `brainstacks.${name}`;
+    this.title = title;
   }
 
   get value() {
@@ -23,13 +30,16 @@ class Key {
     else sessionStorage.removeItem(this.name);
   }
 
+  /** RequestFailed with a key that no header can carry. */
   get headers() {
+    const stranger = NOT_IN_HEADERS.exec(this.value)?.[0];
+    if (stranger) throw new RequestFailed(`The ${this.title} holds “${stranger}”, a character that HTTP cannot carry.`, { code: "invalid_api_key" });
     return this.value ? { authorization: `Bearer ${this.value}` } : {};
   }
 }
 
-export const apiKey = new Key("api-key");
-export const adminKey = new Key("admin-key");
+export const apiKey = new Key("api-key", "API key");
+export const adminKey = new Key("admin-key", "admin key");
 
 /** The JSON of an answer. RequestFailed; AbortError if the signal says so. */
 export async function call(method, path, { key = apiKey, body, generation, signal } = {}) {
@@ -41,14 +51,14 @@ export async function metricsText() {
   return (await send("GET", "metrics", { key: null })).text();
 }
 
-/** The chunks of a streamed chat; `onMix` hears the mix before the first. An error within the stream is RequestFailed. */
+/** The chunks of a streamed chat; `onMix` hears the mix before the first. An error within the stream and its early end are RequestFailed. */
 export async function* streamChat(body, { signal, onMix }) {
   const asked = { ...body, stream: true, stream_options: { include_usage: true } };
   const response = await send("POST", "v1/chat/completions", { key: apiKey, body: asked, signal });
   onMix(readMix(response.headers.get("x-brainstacks-mix") ?? ""));
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await nextOf(reader);
     if (done) throw new RequestFailed("The answer ended before it was complete.", { code: "stream_broken" });
     const events = (rest + value).split("\n\n");
     rest = events.pop();
@@ -59,6 +69,15 @@ export async function* streamChat(body, { signal, onMix }) {
       if (chunk.error) throw failureOf(response, chunk);
       yield chunk;
     }
+  }
+}
+
+async function nextOf(reader) {
+  try {
+    return await reader.read();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new RequestFailed("The connection broke before the answer was complete.");
   }
 }
 

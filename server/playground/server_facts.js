@@ -28,7 +28,8 @@ export class ServerFacts extends EventTarget {
     try {
       return (await call("POST", "v1/route", { body: { prompt: EMPTY_TEXT } })).policy;
     } catch (error) {
-      if (error.code === "router_not_found" || error.status === 429) return null;
+      if (error.code === "router_not_found") return null;
+      if (error.status === 429) return this.policy;
       throw error;
     }
   }

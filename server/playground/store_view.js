@@ -38,7 +38,7 @@ export class StoreView {
         isOpen = true;
       } catch (error) {
         $("unlock-said").append(failureBox(error, { forAdmin: true }));
-        if (error.status === 401 || error.status === 403) adminKey.value = "";
+        if (error.isAboutKey || error.status === 403) adminKey.value = "";
       }
     }
     if (!isOpen) this.domains.shown = null;

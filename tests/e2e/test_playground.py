@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, Route, expect
 
 from tests.browsers import find_chromium, run_chromium
 from tests.e2e.server_process import ADMIN_KEY, ServerProcess
@@ -32,6 +33,10 @@ MEDICAL = "What are the symptoms of iron deficiency anemia?"
 WAIT_MILLISECONDS = 15_000
 NO_NUMBER = "\N{EN DASH}"
 PHONE = {"width": 360, "height": 740}
+CHAT = "/v1/chat/completions"
+LONG = "Tell me a long story about a lighthouse keeper."
+FIRST_PIECE = f"data: {json.dumps({'choices': [{'delta': {'content': 'Eggs are'}}]})}\n\n"
+LATE_ERROR = f"data: {json.dumps({'error': {'message': 'the engine failed', 'code': 'engine_failed'}})}\n\n"
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +155,7 @@ def test_a_conversation_goes_on_and_a_new_chat_forgets_it(visit: Visit) -> None:
     ask(page, MEDICAL)
     expect(answers(page)).to_have_count(1, timeout=WAIT_MILLISECONDS)
     expect(answers(page)).to_contain_text("cold")  # nobody asked for it before
-    sent = [[message["content"] for message in body["messages"]] for body in visit.bodies("/v1/chat/completions")]
+    sent = [[message["content"] for message in body["messages"]] for body in visit.bodies(CHAT)]
     assert sent[0] == [MATH]
     assert sent[1] == [MATH, first, "And in 3 boxes?"]
     assert sent[2] == [MEDICAL]
@@ -158,14 +163,103 @@ def test_a_conversation_goes_on_and_a_new_chat_forgets_it(visit: Visit) -> None:
 
 def test_stop_keeps_what_came_and_frees_the_server(visit: Visit, server: ServerProcess) -> None:
     page = visit.open()
-    ask(page, "Tell me a long story about a lighthouse keeper.", tokens=1500)
+    ask(page, LONG, tokens=1500)
     expect(page.locator("article .text")).not_to_be_empty(timeout=WAIT_MILLISECONDS)
+    wait_for_running(server, 1)
     page.get_by_role("button", name="Stop").click()
     expect(answers(page)).to_contain_text("Stopped.")
-    assert answers(page).locator(".text").inner_text()
-    expect(page.get_by_role("button", name="Send")).to_be_visible()
-    page.goto(f"{visit.url}/#store")
-    expect(page.locator("#traffic dd").first).to_have_text("0")  # nothing runs any more
+    wait_for_running(server, 0)
+    ask(page, "And then?", tokens=2)
+    expect(answers(page)).to_have_count(2, timeout=WAIT_MILLISECONDS)
+    said = visit.bodies(CHAT)[-1]["messages"]
+    assert [message["content"] for message in said] == [LONG, said[1]["content"], "And then?"]
+    assert said[1]["content"].startswith(answers(page).first.locator(".text p").first.inner_text())
+
+
+def wait_for_running(server: ServerProcess, count: int) -> None:
+    """Until the engine works on so many requests."""
+    ends = time.monotonic() + WAIT_MILLISECONDS / 1000
+    while server.metric("brainstacks_requests_running") != count:
+        assert time.monotonic() < ends, f"never {count} running"
+
+
+@pytest.mark.parametrize(("rest", "code"), [("", "stream_broken"), (LATE_ERROR, "engine_failed")])
+def test_an_answer_that_breaks_off_is_no_part_of_the_conversation(visit: Visit, rest: str, code: str) -> None:
+    page = visit.open()
+    broken = {"content_type": "text/event-stream", "body": FIRST_PIECE + rest}
+    page.route(f"**{CHAT}", lambda route: route.fulfill(**broken), times=1)
+    ask(page, MATH, tokens=2)
+    expect(page.locator("article .text")).to_have_text("Eggs are")
+    expect(page.get_by_role("alert")).to_contain_text(code)
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".report")).to_have_count(1, timeout=WAIT_MILLISECONDS)
+    expect(page.locator(".asked")).to_have_text([MATH])
+    assert [message["content"] for message in visit.bodies(CHAT)[-1]["messages"]] == [MATH]
+
+
+def test_a_connection_that_breaks_within_an_answer_is_told_in_words(visit: Visit) -> None:
+    page = visit.open()
+    expect(page.locator("#server")).to_contain_text("5 domains")
+    page.evaluate(
+        """(piece) => {
+            const broken = { start: (to) => to.enqueue(new TextEncoder().encode(piece)),
+                             pull: (to) => to.error(new TypeError("network error")) };
+            window.fetch = async () => new Response(new ReadableStream(broken, { highWaterMark: 0 }));
+        }""",
+        FIRST_PIECE,
+    )
+    ask(page, MATH)
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("The connection broke before the answer was complete.")
+    expect(alert.locator(".codes")).to_have_text("network")
+
+
+def test_a_failed_question_stays_while_another_answer_streams(visit: Visit) -> None:
+    page = visit.open()
+    ask(page, MATH, tokens=100_000)
+    again = page.get_by_role("button", name="Try again")
+    expect(again).to_be_visible()
+    ask(page, LONG, tokens=1500)
+    expect(page.locator("article[aria-busy=true] .text")).not_to_be_empty(timeout=WAIT_MILLISECONDS)
+    again.click()
+    expect(page.locator(".asked")).to_have_text([MATH, LONG])
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("article[aria-busy=true]")).to_have_count(0)
+    page.get_by_label("Max tokens").fill("2")
+    again.click()
+    expect(page.locator(".asked")).to_have_text([LONG, MATH])
+    expect(page.locator(".report")).to_have_count(1, timeout=WAIT_MILLISECONDS)
+
+
+def test_a_question_stays_in_its_field_until_the_server_takes_it(visit: Visit) -> None:
+    page = visit.open(api_key=None)
+    expect(page.get_by_role("alert")).to_contain_text("invalid_api_key")
+    with page.expect_response("**/v1/models"):
+        ask(page, MATH, tokens=2)
+    expect(page.get_by_role("alert")).to_contain_text("invalid_api_key")
+    expect(page.get_by_label("Your question")).to_have_value(MATH)
+    held: list[Route] = []
+    page.route("**/v1/models", lambda route: held.append(route), times=2)  # a method of a list takes no mark
+    page.get_by_label("API key").fill("secret")
+    page.get_by_label("Your question").press("Enter")
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    page.get_by_label("Your question").press("Enter")
+    for route in held:
+        route.continue_()
+    expect(page.get_by_label("Your question")).to_have_value("")
+    expect(page.locator(".report")).to_have_count(1, timeout=WAIT_MILLISECONDS)
+    assert len(visit.bodies(CHAT)) == 1
+
+
+def test_the_threshold_is_known_when_the_router_was_asked_too_often(visit: Visit) -> None:
+    page = visit.open()
+    expect(page.locator("#server")).to_contain_text("5 domains")
+    limit = {"status": 429, "json": {"error": {"message": "too many requests", "code": "rate_limit_exceeded"}}}
+    page.route("**/v1/route", lambda route: route.fulfill(**limit))
+    with page.expect_response("**/v1/route"):
+        page.get_by_role("button", name="New chat").click()
+    ask(page, MATH, tokens=2)
+    expect(page.locator(".report")).to_contain_text("threshold 0.12", timeout=WAIT_MILLISECONDS)
 
 
 def test_sliders_force_the_mix_and_begin_at_the_last_answers(visit: Visit) -> None:
@@ -182,7 +276,7 @@ def test_sliders_force_the_mix_and_begin_at_the_last_answers(visit: Visit) -> No
     ask(page, MATH, tokens=2)
     expect(answers(page)).to_have_count(2, timeout=WAIT_MILLISECONDS)
     assert mix_of(answers(page).nth(1)) == {"code": (NO_NUMBER, "0.50"), "medical": (NO_NUMBER, "0.05")}
-    assert visit.bodies("/v1/chat/completions")[-1]["brainstacks"] == {"mix": {"code": 0.5, "medical": 0.05}}
+    assert visit.bodies(CHAT)[-1]["brainstacks"] == {"mix": {"code": 0.5, "medical": 0.05}}
     page.get_by_role("radio", name="Base").check()
     ask(page, MATH, tokens=2)
     expect(answers(page).nth(2)).to_contain_text("Answered by the base alone.", timeout=WAIT_MILLISECONDS)
@@ -200,7 +294,7 @@ def test_two_mixes_answer_one_question_side_by_side_at_once(visit: Visit) -> Non
     assert float(mix_of(left)["math"][1]) > 0.9
     assert mix_of(right) == {"code": (NO_NUMBER, "1.00")}
     assert left.locator(".text").inner_text() != right.locator(".text").inner_text()
-    a, b = visit.bodies("/v1/chat/completions")
+    a, b = visit.bodies(CHAT)
     assert (a["messages"], a["seed"]) == (b["messages"], b["seed"])
     boxes = left.bounding_box(), right.bounding_box()
     assert boxes[0] is not None
@@ -232,7 +326,25 @@ def test_an_error_has_its_code_and_can_be_tried_again(visit: Visit) -> None:
     page.get_by_label("Max tokens").fill("2")
     alert.get_by_role("button", name="Try again").click()
     expect(page.locator(".report")).to_have_count(1, timeout=WAIT_MILLISECONDS)
-    assert len(visit.bodies("/v1/chat/completions")[-1]["messages"]) == 1  # the failed turn is not part of the chat
+    assert len(visit.bodies(CHAT)[-1]["messages"]) == 1  # the failed turn is not part of the chat
+
+
+def test_what_the_page_itself_refuses_is_told_in_words(visit: Visit) -> None:
+    page = visit.open(api_key="left\N{EN DASH}right")
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("The API key holds “\N{EN DASH}”")
+    expect(page.get_by_label("API key")).to_be_focused()
+    page.get_by_role("link", name="Store", exact=True).first.click()
+    page.get_by_label("Admin key").fill("\N{SNOWMAN}")
+    page.get_by_label("Admin key").press("Enter")
+    expect(alert).to_contain_text("The admin key holds “\N{SNOWMAN}”")
+    expect(alert).to_contain_text("Enter the right admin key")
+    page.get_by_label("Admin key").fill(ADMIN_KEY)
+    page.get_by_label("Admin key").press("Enter")
+    page.get_by_label("Name").fill("law")
+    page.get_by_role("button", name="Register", exact=True).click()
+    expect(alert).to_contain_text("Choose at least one stack file.")
+    expect(alert.locator(".codes")).to_have_text("no_stacks")
 
 
 def test_tiers_show_bytes_and_hit_rate_without_a_key_and_every_domain_with_it(visit: Visit) -> None:
@@ -302,7 +414,12 @@ def test_a_domain_in_use_drains_when_it_is_deleted_and_comes_back_by_upload(
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#register [role=status]")).to_contain_text("Cancelled; the store is as it was.")
     slow_uploads(visit, bytes_per_second=-1)
+    held: list[Route] = []
+    page.route("**/admin/domains/medical", lambda route: held.append(route), times=1)
     register.click()
+    expect(page.get_by_label("Verifying and registering")).to_be_visible()
+    expect(page.get_by_role("button", name="Cancel")).to_be_hidden()  # the server goes on whatever the page does
+    held[0].continue_()
     expect(page.locator("#register [role=status]")).to_contain_text("Registered: medical, 2 rounds")
     expect(page.locator("[data-domain=medical]")).to_contain_text("on disk")
     generation = server.admin("GET", "/admin/domains").json()["generation"]

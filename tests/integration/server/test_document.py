@@ -72,3 +72,11 @@ def test_wrong_method_is_told_every_right_one(shared_server: LiveServer, documen
             answer = client.request("PATCH", filled)
             assert answer.status_code == 405
             assert answer.headers["allow"].split(", ") == sorted(method.upper() for method in methods), path
+
+
+def test_wrong_method_for_a_file_is_told_how_files_are_read(shared_server: LiveServer) -> None:
+    with shared_server.client() as client:
+        for path in ("/playground/main.js", "/playground/health/live"):  # the second ends like a route of the app
+            answer = client.post(path)
+            assert answer.status_code == 405
+            assert answer.headers["allow"] == "GET, HEAD", path
