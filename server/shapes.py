@@ -64,7 +64,7 @@ class ChatShape:
         return self._calls.setdefault(index, CallDeltas())
 
     def _reason(self, index: int, reason: str | None) -> str | None:
-        has_called = self._has_tools and self._calls_of(index).num_calls > 0
+        has_called = self._has_tools and self._calls_of(index).are_whole
         return "tool_calls" if reason == "stop" and has_called else reason
 
     def _chunk(self, index: int, delta: Json, tokens: Sequence[TokenLogprob] = ()) -> Json:

@@ -119,6 +119,28 @@ def test_answer_that_is_cut_within_a_call_ends_by_length(calling: LiveServer, st
     assert choice["finish_reason"] == "length"
 
 
+WHOLE = "One moment.\n" + write_call("weather", {"city": "Orléans", "days": 2})
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "num_calls"),
+    [
+        (WHOLE, "tool_calls", 1),
+        (WHOLE.removesuffix("</tool_call>"), "tool_calls", 1),  # the stop string of many clients
+        (WHOLE[: WHOLE.index("ans")], "stop", 1),
+        (WHOLE[: WHOLE.index("days")], "stop", 1),
+        (f"{WHOLE}\n{WHOLE[: WHOLE.index('ans')]}".replace("\nOne moment.", ""), "stop", 2),
+        (CALLS[: CALLS.index('"time')], "stop", 1),
+        (CALLS[: CALLS.index("time")], "stop", 1),
+    ],
+)
+def test_stop_string_that_cuts_a_call_is_no_call(tmp_path: Path, answer: str, reason: str, num_calls: int) -> None:
+    with make(tmp_path, answer) as server:
+        choice = server.chat("?", tools=[WEATHER, TIME], stop=["ans"]).json()["choices"][0]
+        assert (choice["finish_reason"], len(choice["message"]["tool_calls"])) == (reason, num_calls)
+        assert chunks_of(server, tools=[WEATHER, TIME])[-1]["choices"][0]["finish_reason"] == reason
+
+
 @pytest.mark.parametrize("fields", [{}, {"tools": []}, {"tools": [WEATHER], "tool_choice": "none"}])
 def test_without_tools_nothing_is_looked_for_in_the_text(calling: LiveServer, fields: dict[str, Any]) -> None:
     choice = calling.chat("?", **fields).json()["choices"][0]
