@@ -124,5 +124,9 @@ class CompletionShape:
     def _part(self, index: int, text: str, tokens: Sequence[tuple[int, TokenLogprob | None]]) -> Json:
         logprobs = None
         if self._wants_logprobs:
-            logprobs = self._logprobs.setdefault(index, CompletionLogprobs(self._text)).show(tokens)
+            logprobs = self._logprobs_of(index).show(tokens)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+
+    def _logprobs_of(self, index: int) -> CompletionLogprobs:
+        echoed = "" if self._echoes is None else self._echoes[index].text
+        return self._logprobs.setdefault(index, CompletionLogprobs(self._text, echoed=echoed))
