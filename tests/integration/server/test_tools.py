@@ -26,7 +26,7 @@ WEATHER = {
         },
     },
 }
-TIME = {"type": "function", "function": {"name": "time"}}
+TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
 CALLS = "One moment.\n" + write_call("weather", {"city": "Orléans", "days": 2}) + "\n" + write_call("time", {})
 
 
@@ -194,6 +194,10 @@ def test_model_is_told_of_the_tools_and_of_what_came_of_them(calling: LiveServer
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "null"}}}}, True),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "strict": True}}}, True),
         ({"tools": [TIME]}, True),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {"required": ["a"]}}}}]},
+            True,
+        ),
         ({"tools": [TIME], "tool_choice": "required", "parallel_tool_calls": False}, True),
         ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "time"}}}, True),
     ],
@@ -229,7 +233,12 @@ def tool(value: Any) -> dict[str, Any]:
         (schema({"type": "string", "pattern": "("}), "response_format", "regex"),
         (schema({"enum": ["x" * 70_000]}), "response_format", "characters"),
         (schema({"multipleOf": 999_983}), "response_format", "multipleOf"),
-        (tool({"properties": {"a": {"not": {}}}}), "tools", "not"),
+        (tool({"properties": {"a": {"type": 5}}}), "tools", "type must be a string"),
+        (
+            {"tools": [{**TIME, "function": {**TIME["function"], "strict": True, "parameters": {"not": {}}}}]},
+            "tools",
+            "not",
+        ),
         (tool({"type": "string"}), "tools", "object"),
         (schema([]), "response_format.json_schema.schema", "dictionary"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
@@ -282,6 +291,18 @@ def test_arguments_that_are_no_object_are_refused(calling: LiveServer, arguments
     response = calling.chat(messages=[{"role": "assistant", "tool_calls": [call]}])
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "messages.0.tool_calls.0.function.arguments"
+
+
+@pytest.mark.parametrize(("depth", "status"), [(64, 200), (65, 400), (956, 400)])
+def test_arguments_are_nested_as_deep_as_schemas_may_be(calling: LiveServer, depth: int, status: int) -> None:
+    arguments = '{"a":' * depth + "1" + "}" * depth
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    response = calling.chat(messages=[{"role": "assistant", "tool_calls": [call]}])
+    assert response.status_code == status
+    if status == 400:
+        error = response.json()["error"]
+        assert error["param"] == "messages.0.tool_calls.0.function.arguments"
+        assert "deeper than 64" in error["message"]
 
 
 def test_nested_bomb_is_refused(calling: LiveServer) -> None:
