@@ -26,6 +26,7 @@ MAX_KEPT = 64
 MAX_PENDING = 64
 NUM_THREADS = 2
 MAX_SHOWN_CHARACTERS = 500  # of what the library says about a grammar
+NUM_TRIED = 3  # tokens
 WORD_BITS = 32
 
 
@@ -73,6 +74,17 @@ class Grammar:
         GrammarState(matcher, self._num_words).allowed(vocabulary)
         if matcher.is_error():
             raise GrammarUnsupported(_said(matcher))
+        self._try_out(vocabulary)
+
+    def _try_out(self, vocabulary: int) -> None:
+        """What can never be followed fails here, and not in an answer."""
+        state = self.start()
+        for _ in range(NUM_TRIED):
+            if state.is_complete:
+                return
+            state.take(int(state.allowed(vocabulary).argmax()))
+            if state.error is not None:
+                raise GrammarUnsupported(str(state.error))
 
     def start(self) -> GrammarState:
         """An answer that has no token yet."""
@@ -84,7 +96,8 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Any, *, vocabulary: int, eos_token_ids: frozenset[int]) -> None:
         """Reads the vocabulary: a second or several, for which Python's lock is held. So not while requests run."""
-        self._vocabulary = vocabulary
+        # A tokenizer may have tokens for which the model has no logits: they are never chosen.
+        self._vocabulary = vocabulary = max(vocabulary, max(tokenizer.get_vocab().values()) + 1)
         self._tokens = _read_vocabulary(tokenizer, vocabulary, eos_token_ids)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
         self._lock = threading.Lock()
@@ -148,8 +161,9 @@ def _limits() -> LLParserLimits:
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=200_000,
         step_max_items=50_000,
+        max_items_in_row=3_000,
         max_lexer_states=50_000,
-        max_grammar_size=200_000,
+        max_grammar_size=50_000,
         verbose_errors=False,
     )
 

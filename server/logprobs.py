@@ -25,10 +25,14 @@ def _chat_token(token_id: int, logprob: float, text: TokenText) -> dict[str, Any
 
 
 class CompletionLogprobs:
-    """Shows one choice's tokens with their places in its text. Keeps the place between chunks of a stream."""
+    """Shows one choice's tokens with their places in its text. Keeps the place between chunks of a stream.
 
-    def __init__(self, text: TokenText) -> None:
+    `echoed` is the prompt that the text begins with. Special tokens are no text, but where a prompt spells them out.
+    """
+
+    def __init__(self, text: TokenText, *, echoed: str = "") -> None:
         self._text = text
+        self._echoed = echoed
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
@@ -37,7 +41,8 @@ class CompletionLogprobs:
         offsets = []
         for token_id, _ in tokens:
             offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(self._text.bytes_of(token_id)))
+            if not self._text.is_special(token_id) or self._echoed.startswith(self._text.shown(token_id), self._offset):
+                self._offset += len(self._decoder.decode(self._text.bytes_of(token_id)))
         return {
             "text_offset": offsets,
             "token_logprobs": [None if logprob is None else _finite(logprob.logprob) for _, logprob in tokens],

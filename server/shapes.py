@@ -64,7 +64,7 @@ class ChatShape:
         return self._calls.setdefault(index, CallDeltas())
 
     def _reason(self, index: int, reason: str | None) -> str | None:
-        has_called = self._has_tools and self._calls_of(index).num_calls > 0
+        has_called = self._has_tools and self._calls_of(index).are_whole
         return "tool_calls" if reason == "stop" and has_called else reason
 
     def _chunk(self, index: int, delta: Json, tokens: Sequence[TokenLogprob] = ()) -> Json:
@@ -124,5 +124,9 @@ class CompletionShape:
     def _part(self, index: int, text: str, tokens: Sequence[tuple[int, TokenLogprob | None]]) -> Json:
         logprobs = None
         if self._wants_logprobs:
-            logprobs = self._logprobs.setdefault(index, CompletionLogprobs(self._text)).show(tokens)
+            logprobs = self._logprobs_of(index).show(tokens)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+
+    def _logprobs_of(self, index: int) -> CompletionLogprobs:
+        echoed = "" if self._echoes is None else self._echoes[index].text
+        return self._logprobs.setdefault(index, CompletionLogprobs(self._text, echoed=echoed))

@@ -19,6 +19,7 @@ class TokenText:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._added: dict[int, str] = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+        self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._byte_of = _byte_of_character() if _is_byte_level(tokenizer) else None
         self.bytes_of = lru_cache(maxsize=65536)(self._bytes_of)
 
@@ -33,6 +34,10 @@ class TokenText:
         if (match := BYTE_TOKEN.match(token)) is not None:
             return bytes([int(match[1], 16)])
         return token.replace(SENTENCEPIECE_SPACE, " ").encode()
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether it is a mark and no part of a text."""
+        return token_id in self._special
 
     def shown(self, token_id: int) -> str:
         """The token as chat logprobs show it; half a character shows as the replacement character."""

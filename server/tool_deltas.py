@@ -2,11 +2,9 @@
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
 
+from server.answers import Json
 from server.tool_format import ArgumentsCame, CallBegun, CallReader, Piece, Said
-
-Json = dict[str, Any]
 
 
 class CallDeltas:
@@ -23,6 +21,11 @@ class CallDeltas:
     def finish(self) -> list[Json]:
         """What was held back."""
         return [self._delta(piece) for piece in self._reader.finish()]
+
+    @property
+    def are_whole(self) -> bool:
+        """After `finish`: whether there are calls, and the answer ended within none."""
+        return self.num_calls > 0 and not self._reader.is_cut
 
     def _delta(self, piece: Piece) -> Json:
         match piece:

@@ -6,7 +6,8 @@ A call is written as Qwen's and Hermes' chat templates have it:
     {"name": "f", "arguments": {"x": 1}}
     </tool_call>
 
-Its frame is fixed to the character, and its JSON has no line break, so the arguments end where CALL_END begins.
+Its frame is fixed to the character, and its JSON has no line break, so the arguments end where CALL_END begins. An
+answer is text and then calls, or calls, or JSON alone.
 """
 
 import json
@@ -18,6 +19,7 @@ CALL_MARK = "<tool_call>"
 CALL_BEGIN = CALL_MARK + '\n{"name": "'
 NAME_END = '", "arguments": '
 CALL_END = "}\n</tool_call>"
+JSON_BEGINS = tuple('{["')  # with what can hold the mark of a call
 
 
 def write_call(name: str, arguments: Mapping[str, Any]) -> str:
@@ -55,7 +57,8 @@ class CallReader:
     def __init__(self) -> None:
         self._held = ""
         self._ends_with = CALL_BEGIN  # what ends the part of the answer that is being read
-        self._has_said = False
+        self._opening = ""  # the first character that was said
+        self.is_cut = False  # whether the answer ended within a call; known after `finish`
 
     def push(self, text: str) -> list[Piece]:
         """What is certain now, in the order in which it was written."""
@@ -76,7 +79,11 @@ class CallReader:
     def finish(self) -> list[Piece]:
         """What was held back: the answer ended here. A frame that was cut is nobody's text."""
         rest, self._held = self._held, ""
-        if self._ends_with != CALL_BEGIN or rest.lstrip().startswith(CALL_MARK):
+        if self._ends_with != CALL_BEGIN:
+            self.is_cut = self._ends_with == NAME_END or "\n" not in rest  # a line break is the frame's: all came
+            return []
+        if rest.lstrip().startswith(CALL_MARK) and not self._opening.startswith(JSON_BEGINS):
+            self.is_cut = True
             return []
         return [piece for piece in self._part(rest) if piece != Said("")]
 
@@ -85,9 +92,9 @@ class CallReader:
             return [CallBegun(text)]
         if self._ends_with == CALL_END:
             return [ArgumentsCame(text)]
-        if not self._has_said:
+        if not self._opening:
             text = text.lstrip()
-        self._has_said = self._has_said or bool(text)
+            self._opening = text[:1]
         return [Said(text)]
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.schema_bounds import MAX_DEPTH, is_deeper
 from server.text_fields import Text, said_plainly, without_lone_surrogates
 
 MAX_TOOLS = 128
@@ -102,6 +103,8 @@ def _object_as_text(value: str) -> str:
         arguments = None
     if not isinstance(arguments, dict):
         raise PydanticCustomError("invalid", "must be a JSON object, written as a string")
+    if is_deeper(arguments, MAX_DEPTH):
+        raise PydanticCustomError("invalid", f"must not be nested deeper than {MAX_DEPTH} levels")
     return value
 
 

@@ -7,6 +7,7 @@ assistant said, and results come as a message of the user.
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from jinja2 import TemplateError
@@ -77,18 +78,18 @@ def template_turns(messages: Sequence[Message]) -> list[Turn]:
 def plain_turns(messages: Sequence[Message], functions: Sequence[Function]) -> list[Turn]:
     """The messages for a template that knows only what system, user and assistant say."""
     turns: list[Turn] = []
-    for before, message in zip((None, *messages), messages, strict=False):
-        if message.role == "tool":
-            shown = f"<tool_response>\n{message.text}\n</tool_response>"
-            if before is not None and before.role == "tool":  # one message: many templates want two to take turns
-                turns[-1]["content"] += f"\n{shown}"
-            else:
-                turns.append({"role": "user", "content": shown})
+    for are_results, group in groupby(messages, lambda message: message.role == "tool"):
+        if are_results:  # one message: many templates want two to take turns
+            results = [f"<tool_response>\n{message.text}\n</tool_response>" for message in group]
+            turns.append({"role": "user", "content": "\n".join(results)})
         else:
-            calls = [write_call(call.function.name, call.function.values) for call in message.tool_calls or []]
-            said = "\n".join(part for part in (message.text, *calls) if part)
-            turns.append({"role": _template_role(message.role), "content": said})
+            turns += [{"role": _template_role(message.role), "content": _said(message)} for message in group]
     return _with_instruction(turns, functions) if functions else turns
+
+
+def _said(message: Message) -> str:
+    calls = [write_call(call.function.name, call.function.values) for call in message.tool_calls or []]
+    return "\n".join(part for part in (message.text, *calls) if part)
 
 
 def _with_instruction(turns: list[Turn], functions: Sequence[Function]) -> list[Turn]:

@@ -38,6 +38,16 @@ def test_echo_with_logprobs_covers_prompt_and_answer(server: LiveServer) -> None
     assert logprobs["text_offset"] == [0, 1, 2]
 
 
+def test_tokens_that_the_tokenizer_adds_have_no_place_in_the_text(server: LiveServer) -> None:
+    tokenizer = server.service.reader.tokenizer
+    end = ("<|end|>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[end])
+    choice = complete(server, echo=True, logprobs=0, max_tokens=1).json()["choices"][0]
+    assert choice["text"] == "abc"
+    assert choice["logprobs"]["tokens"] == ["<|end|>", "a", "b", "c"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2]
+
+
 def test_offsets_count_characters_and_parts_of_characters_have_names(server: LiveServer) -> None:
     logprobs = complete(server, prompt="é!", echo=True, logprobs=0, max_tokens=0).json()["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["bytes:\\xc3", "bytes:\\xa9", "!"]

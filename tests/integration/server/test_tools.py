@@ -28,7 +28,7 @@ WEATHER = {
         },
     },
 }
-TIME = {"type": "function", "function": {"name": "time"}}
+TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
 CALLS = "One moment.\n" + write_call("weather", {"city": "Orléans", "days": 2}) + "\n" + write_call("time", {})
 
 
@@ -121,6 +121,28 @@ def test_answer_that_is_cut_within_a_call_ends_by_length(calling: LiveServer, st
     assert choice["finish_reason"] == "length"
 
 
+WHOLE = "One moment.\n" + write_call("weather", {"city": "Orléans", "days": 2})
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "num_calls"),
+    [
+        (WHOLE, "tool_calls", 1),
+        (WHOLE.removesuffix("</tool_call>"), "tool_calls", 1),  # the stop string of many clients
+        (WHOLE[: WHOLE.index("ans")], "stop", 1),
+        (WHOLE[: WHOLE.index("days")], "stop", 1),
+        (f"{WHOLE}\n{WHOLE[: WHOLE.index('ans')]}".replace("\nOne moment.", ""), "stop", 2),
+        (CALLS[: CALLS.index('"time')], "stop", 1),
+        (CALLS[: CALLS.index("time")], "stop", 1),
+    ],
+)
+def test_stop_string_that_cuts_a_call_is_no_call(tmp_path: Path, answer: str, reason: str, num_calls: int) -> None:
+    with make(tmp_path, answer) as server:
+        choice = server.chat("?", tools=[WEATHER, TIME], stop=["ans"]).json()["choices"][0]
+        assert (choice["finish_reason"], len(choice["message"]["tool_calls"])) == (reason, num_calls)
+        assert chunks_of(server, tools=[WEATHER, TIME])[-1]["choices"][0]["finish_reason"] == reason
+
+
 @pytest.mark.parametrize("fields", [{}, {"tools": []}, {"tools": [WEATHER], "tool_choice": "none"}])
 def test_without_tools_nothing_is_looked_for_in_the_text(calling: LiveServer, fields: dict[str, Any]) -> None:
     choice = calling.chat("?", **fields).json()["choices"][0]
@@ -174,6 +196,10 @@ def test_model_is_told_of_the_tools_and_of_what_came_of_them(calling: LiveServer
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "null"}}}}, True),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "strict": True}}}, True),
         ({"tools": [TIME]}, True),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {"required": ["a"]}}}}]},
+            True,
+        ),
         ({"tools": [TIME], "tool_choice": "required", "parallel_tool_calls": False}, True),
         ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "time"}}}, True),
     ],
@@ -209,7 +235,12 @@ def tool(value: Any) -> dict[str, Any]:
         (schema({"type": "string", "pattern": "("}), "response_format", "regex"),
         (schema({"enum": ["x" * 70_000]}), "response_format", "characters"),
         (schema({"multipleOf": 999_983}), "response_format", "multipleOf"),
-        (tool({"properties": {"a": {"not": {}}}}), "tools", "not"),
+        (tool({"properties": {"a": {"type": 5}}}), "tools", "type must be a string"),
+        (
+            {"tools": [{**TIME, "function": {**TIME["function"], "strict": True, "parameters": {"not": {}}}}]},
+            "tools",
+            "not",
+        ),
         (tool({"type": "string"}), "tools", "object"),
         (schema([]), "response_format.json_schema.schema", "dictionary"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
@@ -262,6 +293,18 @@ def test_arguments_that_are_no_object_are_refused(calling: LiveServer, arguments
     response = calling.chat(messages=[{"role": "assistant", "tool_calls": [call]}])
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "messages.0.tool_calls.0.function.arguments"
+
+
+@pytest.mark.parametrize(("depth", "status"), [(64, 200), (65, 400), (956, 400)])
+def test_arguments_are_nested_as_deep_as_schemas_may_be(calling: LiveServer, depth: int, status: int) -> None:
+    arguments = '{"a":' * depth + "1" + "}" * depth
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    response = calling.chat(messages=[{"role": "assistant", "tool_calls": [call]}])
+    assert response.status_code == status
+    if status == 400:
+        error = response.json()["error"]
+        assert error["param"] == "messages.0.tool_calls.0.function.arguments"
+        assert "deeper than 64" in error["message"]
 
 
 def test_nested_bomb_is_refused(calling: LiveServer) -> None:

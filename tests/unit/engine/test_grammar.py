@@ -118,6 +118,41 @@ def test_what_cannot_be_compiled_says_why(compiler: GrammarCompiler, text: str, 
         compile_now(compiler, text)
 
 
+LENGTHS = {"anyOf": [{"type": "string", "maxLength": length} for length in range(1, 1500)]}
+CHOICES = {
+    "allOf": [
+        {"anyOf": [{"type": "object", "properties": {f"{name}{number}": {"type": "string"}}} for name in "ab"]}
+        for number in range(7)
+    ]
+}
+
+
+@pytest.mark.parametrize("schema", [LENGTHS, CHOICES])
+def test_what_can_never_be_followed_is_refused_before_an_answer_begins(
+    compiler: GrammarCompiler, schema: dict[str, Any]
+) -> None:
+    with pytest.raises(GrammarUnsupported, match="cannot be followed"):
+        compile_now(compiler, f"start: %json {json.dumps({**schema, 'x-guidance': GUIDANCE})}")
+
+
+def test_tokenizer_may_have_more_tokens_than_the_model() -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert len(tokenizer) == size + 1
+    compiler = GrammarCompiler(tokenizer, vocabulary=size, eos_token_ids=frozenset({2}))
+    state = compile_now(compiler, LARK).start()
+    for _ in range(200):
+        if state.is_complete:
+            break
+        allowed = state.allowed(size)
+        assert allowed.shape == (size,)
+        state.take(int(allowed.argmax()))
+    assert state.is_complete
+    assert state.error is None
+    compiler.close()
+
+
 def test_foreign_token_is_an_error_of_that_answer_alone(compiler: GrammarCompiler) -> None:
     grammar = compile_now(compiler, 'start: "the"')
     state = grammar.start()

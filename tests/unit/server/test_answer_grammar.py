@@ -1,15 +1,18 @@
 """What a request asks for is a grammar that takes the right answers and no others."""
 
 import json
+import random
 from typing import Any
 
 import pytest
 
+from engine.errors import GrammarUnsupported
 from engine.grammar import GrammarCompiler
 from server.answer_grammar import MAX_CALLS, AnswerForm, read_form
 from server.errors import InvalidRequest
 from server.tool_format import write_call
 from server.tool_schemas import NamedChoice, ResponseFormat, Tool, ToolChoice
+from tests.costly_schemas import AT_BOUNDS
 from tests.tiny_bases import tiny_tokenizer
 
 X = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
@@ -34,6 +37,10 @@ def takes(compiler: GrammarCompiler, form: AnswerForm, text: str) -> bool:
     for token in tiny_tokenizer().encode(text, add_special_tokens=False):
         state.take(token)
     return state.error is None and bool(state.is_complete or state.allowed(384)[END])
+
+
+def asked(schema: dict[str, Any]) -> ResponseFormat:
+    return ResponseFormat.model_validate({"type": "json_schema", "json_schema": {"name": "a", "schema": schema}})
 
 
 def form_of(
@@ -90,8 +97,7 @@ def test_model_is_told_of_the_tools_that_it_may_call() -> None:
 
 def test_schema_cannot_bring_options_of_its_own(compiler: GrammarCompiler) -> None:
     schema = {"type": "array", "items": {"type": "integer"}, "x-guidance": {"item_separator": ";", "lenient": True}}
-    wanted = ResponseFormat.model_validate({"type": "json_schema", "json_schema": {"name": "a", "schema": schema}})
-    form = read_form(wanted, None, None, parallel_calls=True)
+    form = read_form(asked(schema), None, None, parallel_calls=True)
     assert takes(compiler, form, "[1, 2]")
     assert not takes(compiler, form, "[1;2]")
     assert not takes(compiler, form, "[1,  2]")
@@ -119,11 +125,87 @@ def test_parameters_must_describe_an_object() -> None:
         read_form(None, [tool], None, parallel_calls=True)
 
 
-def test_schemas_of_all_tools_share_one_bound() -> None:
+def test_all_schemas_of_a_request_share_one_bound() -> None:
     schema = {"type": "object", "properties": {"a": {"enum": ["x" * 1000]}}}
-    tools = [{"type": "function", "function": {"name": f"f{n}", "parameters": schema}} for n in range(70)]
-    with pytest.raises(InvalidRequest, match="tools: the schemas have"):
+    tools = [{"type": "function", "function": {"name": f"f{n}", "parameters": schema}} for n in range(64)]
+    with pytest.raises(
+        InvalidRequest, match=r"tools\.6.\.function\.parameters: with it the schemas have .* characters"
+    ):
         read_form(None, [Tool.model_validate(tool) for tool in tools], None, parallel_calls=True)
+    with pytest.raises(InvalidRequest, match=r"tools\.1\.function\.parameters: .* characters"):
+        read_form(asked({"enum": ["x" * 65_000]}), [TOOLS[1], Tool.model_validate(tools[0])], None, parallel_calls=True)
+
+
+def test_tool_is_named_by_its_place_among_all() -> None:
+    tool = Tool.model_validate({"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}})
+    choice = NamedChoice.model_validate({"type": "function", "function": {"name": "f"}})
+    with pytest.raises(InvalidRequest, match=r"tools\.2\.function"):
+        read_form(None, [*TOOLS, tool], choice, parallel_calls=True)
+
+
+# What OpenAI takes for a tool that is not strict, and what no keyword of it keeps to.
+LENIENT = [
+    {"properties": {"a": {"type": "string", "format": "binary"}}},
+    {"properties": {"a": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}}},
+    {"propertyNames": {"pattern": "^a"}},
+    {"properties": {"a": {"not": {"const": 1}}}},
+    {"properties": {"a": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}},
+    {"if": {"required": ["a"]}, "then": {"required": ["b"]}},
+]
+
+
+def tool_of(parameters: dict[str, Any], **fields: bool | None) -> Tool:
+    return Tool.model_validate({"type": "function", "function": {"name": "f", "parameters": parameters, **fields}})
+
+
+@pytest.mark.parametrize("parameters", LENIENT)
+def test_tool_that_is_not_strict_may_say_what_cannot_be_kept_to(
+    compiler: GrammarCompiler, parameters: dict[str, Any]
+) -> None:
+    for fields in ({}, {"strict": False}, {"strict": None}):
+        form = read_form(None, [tool_of(parameters, **fields)], "required", parallel_calls=True)
+        assert takes(compiler, form, write_call("f", {}))
+        assert not takes(compiler, form, "<tool_call>\n{")
+    for grammar in (
+        read_form(None, [tool_of(parameters, strict=True)], "required", parallel_calls=True).grammar,
+        read_form(asked({"type": "object", **parameters}), None, None, parallel_calls=True).grammar,
+    ):
+        assert grammar is not None
+        with pytest.raises(GrammarUnsupported):
+            compiler.compile(grammar).result(timeout=20)
+
+
+@pytest.mark.parametrize("schema", [{"type": 5}, {"items": 5}, {"required": 5}, {"enum": "a"}, {"minLength": -1}])
+def test_what_is_no_schema_is_refused_of_every_tool(compiler: GrammarCompiler, schema: dict[str, Any]) -> None:
+    form = read_form(None, [tool_of({"properties": {"a": schema}})], None, parallel_calls=True)
+    assert form.grammar is not None
+    with pytest.raises(GrammarUnsupported):
+        compiler.compile(form.grammar).result(timeout=20)
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_response_format_beside_tools_can_be_compiled_alone(compiler: GrammarCompiler, choice: ToolChoice) -> None:
+    form = read_form(asked({"not": {}}), TOOLS, choice, parallel_calls=True)
+    assert form.content is not None
+    with pytest.raises(GrammarUnsupported, match="not"):
+        compiler.compile(form.content).result(timeout=20)
+    assert form.param == "tools"
+    alone = read_form(asked({"not": {}}), None, None, parallel_calls=True)
+    assert (alone.grammar, alone.content, alone.param) == (form.content, None, "response_format")
+
+
+@pytest.mark.parametrize("name", AT_BOUNDS)
+def test_schemas_at_the_bounds_can_be_followed(compiler: GrammarCompiler, name: str) -> None:
+    form = read_form(asked(AT_BOUNDS[name]), None, None, parallel_calls=True)
+    assert form.grammar is not None
+    grammar = compiler.compile(form.grammar).result(timeout=60)
+    for seed in range(3):
+        rng, state = random.Random(seed), grammar.start()
+        for _ in range(15):
+            state.take(rng.choice(state.allowed(384).nonzero()[0].tolist()))
+            assert state.error is None
+            if state.is_complete:
+                break
 
 
 def test_json_is_written_as_python_writes_it(compiler: GrammarCompiler) -> None:
@@ -156,7 +238,6 @@ def test_json_is_written_as_python_writes_it(compiler: GrammarCompiler) -> None:
     ],
 )
 def test_schemas_are_followed(compiler: GrammarCompiler, schema: dict[str, Any], right: Any, wrong: Any) -> None:
-    wanted = ResponseFormat.model_validate({"type": "json_schema", "json_schema": {"name": "a", "schema": schema}})
-    form = read_form(wanted, None, None, parallel_calls=True)
+    form = read_form(asked(schema), None, None, parallel_calls=True)
     assert takes(compiler, form, json.dumps(right, ensure_ascii=False))
     assert not takes(compiler, form, json.dumps(wrong, ensure_ascii=False))

@@ -5,7 +5,16 @@ from typing import Any
 import pytest
 
 from server.errors import InvalidRequest
-from server.schema_bounds import MAX_CHARACTERS, MAX_DEPTH, MAX_PROPERTIES, check_bounds
+from server.schema_bounds import (
+    MAX_CHARACTERS,
+    MAX_DEPTH,
+    MAX_PROPERTIES,
+    MAX_VARIANTS,
+    SchemaBounds,
+    is_deeper,
+)
+
+STRING, NULL = {"type": "string"}, {"type": "null"}
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -16,12 +25,31 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 def wide(count: int) -> dict[str, Any]:
-    return {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(count)}}
+    return {"type": "object", "properties": {f"p{number}": STRING for number in range(count)}}
 
 
-@pytest.mark.parametrize("schema", [nested(MAX_DEPTH // 2 - 1), wide(MAX_PROPERTIES), {"multipleOf": 10_000}, {}])
-def test_what_is_within_the_bounds_is_written_as_json(schema: dict[str, Any]) -> None:
-    assert check_bounds(schema, param="tools", where="x").startswith("{")
+def multiples(*numbers: float) -> dict[str, Any]:
+    return {"type": "number", "allOf": [{"multipleOf": number} for number in numbers]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {},
+        nested(MAX_DEPTH // 2 - 1),
+        wide(MAX_PROPERTIES),
+        {"enum": ["x" * (MAX_CHARACTERS - len('{"enum":[""]}'))]},
+        {"anyOf": [STRING] * (MAX_VARIANTS + 1)},
+        {"type": "object", "properties": {f"p{number}": {"anyOf": [STRING, NULL]} for number in range(MAX_PROPERTIES)}},
+        multiples(10_000),
+        multiples(100, 0.01),
+        multiples(*[0.01] * 100, 0.5, 15),
+        multiples(1e-12),
+        {"multipleOf": True, "properties": {"multipleOf": STRING, "anyOf": STRING}},
+    ],
+)
+def test_what_is_within_the_bounds_passes(schema: dict[str, Any]) -> None:
+    SchemaBounds().add(schema, param="tools", where="x")
 
 
 @pytest.mark.parametrize(
@@ -31,14 +59,52 @@ def test_what_is_within_the_bounds_is_written_as_json(schema: dict[str, Any]) ->
         (nested(5000), "deeper than 64"),
         (wide(MAX_PROPERTIES + 1), "501 properties"),
         ({"anyOf": [wide(300), wide(300)]}, "600 properties"),
+        ({"anyOf": [STRING] * (MAX_VARIANTS + 2)}, "101 variants"),
+        ({"anyOf": [STRING] * 60, "oneOf": [STRING] * 60}, "118 variants"),
         ({"enum": ["x" * MAX_CHARACTERS]}, "characters"),
         ({"properties": {"a": {"multipleOf": 99991}}}, "multipleOf is 99991"),
+        ({"multipleOf": 0.99991}, "multipleOf is 0.99991"),
+        (multiples(9973, 9967), "multipleOf is .*least common multiple"),
+        ({"$defs": {"a": {"multipleOf": 101}, "b": {"multipleOf": 103}}}, "least common multiple"),
+        (multiples(9973, 1e-12), "least common multiple"),
+        ({"multipleOf": 10**4000}, "multipleOf"),
+        ({"multipleOf": 1e300}, "multipleOf"),
+        ({"multipleOf": 0}, "multipleOf is 0, it must be above 0"),
+        ({"multipleOf": -3}, "multipleOf is -3, it must be above 0"),
         ({"const": float("nan")}, "not valid JSON"),
         ({"const": "\ud800"}, "not valid JSON"),
     ],
 )
 def test_bound_that_is_passed_is_named(schema: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidRequest, match=said) as caught:
-        check_bounds(schema, param="tools", where="tools.3.function.parameters")
+        SchemaBounds().add(schema, param="tools", where="tools.3.function.parameters")
     assert caught.value.param == "tools"
     assert "tools.3.function.parameters" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({"enum": ["x" * 40_000]}, {"enum": ["x" * 40_000]}, "with it the schemas have 80026 characters"),
+        (multiples(101), multiples(103), "multipleOf is 103"),
+    ],
+)
+def test_schemas_of_a_request_are_counted_together(first: dict[str, Any], second: dict[str, Any], said: str) -> None:
+    bounds = SchemaBounds()
+    bounds.add(first, param="response_format", where="first")
+    with pytest.raises(InvalidRequest, match=f"second: {said}") as caught:
+        bounds.add(second, param="tools", where="second")
+    assert caught.value.param == "tools"
+
+
+def test_many_tools_may_have_many_properties_together() -> None:
+    bounds = SchemaBounds()
+    for number in range(5):
+        bounds.add(wide(MAX_PROPERTIES // 2), param="tools", where=f"tools.{number}")
+
+
+def test_depth_counts_lists_and_objects() -> None:
+    assert not is_deeper([[1]], 2)
+    assert is_deeper([[{}]], 2)
+    assert is_deeper({"a": {"b": [1]}}, 2)
+    assert not is_deeper("x", 0)

@@ -29,6 +29,11 @@ CASES: list[tuple[str, list[Piece]]] = [
     (SECOND[:-1], [CallBegun("stop"), ArgumentsCame("{}")]),
     ("Well. " + FIRST[:25], [Said("Well.")]),
     (FIRST[:15], []),
+    ("Well.\n<tool_call>", [Said("Well.")]),
+    # JSON is an answer of its own: what looks like a mark within it belongs to it.
+    ('{"a": "<tool_call>', [Said('{"a": "<tool_call>')]),
+    ('["so <tool_call>', [Said('["so <tool_call>')]),
+    ('"<tool_call>', [Said('"<tool_call>')]),
 ]
 
 

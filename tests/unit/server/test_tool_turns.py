@@ -1,6 +1,7 @@
 """What the model is shown of tools, calls and results: in its template's own way, or in ours."""
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from server.prompts import PromptReader
 from server.schemas import Message
 from server.tool_format import write_call
 from server.tool_schemas import Function
-from server.tool_turns import template_knows_tools
+from server.tool_turns import plain_turns, template_knows_tools
 from tests.servers import byte_tokenizer
 
 # The parts of Qwen 2.5's template that concern tools.
@@ -104,6 +105,17 @@ def test_other_templates_are_told_in_a_system_message() -> None:
         f"<|user|>Where?\n<|assistant|>I look.\n{write_call('find', {'x': 1})}\n"
         "<|user|><tool_response>\nhere\n</tool_response>\n<|assistant|>"
     )
+
+
+def test_many_results_cost_by_their_number() -> None:
+    def seconds(count: int) -> float:
+        results = [Message(role="tool", tool_call_id="1", content="x" * 100)] * count
+        started = time.thread_time()
+        plain_turns(results, ())
+        return time.thread_time() - started
+
+    few, many = (min(seconds(count) for _ in range(3)) for count in (2_000, 20_000))
+    assert many < 40 * few  # 10 times, and no 100 times
 
 
 def test_conversation_with_calls_needs_no_tools() -> None:
