@@ -22,6 +22,8 @@ async def read_chat_job(service: Service, request: ChatCompletionRequest, choice
     prompt = await service.reader.read_chat(request.messages, functions=form.functions)
     max_tokens = service.reader.fit(prompt, request.token_limit, param="messages")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    if form.content is not None:  # alone first, so that a fault of it is not taken for one of the tools
+        await _compile(service, AnswerForm(form.content, ()))
     grammar = await _compile(service, form)
     sampling = _read_sampling(service, request, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar)
     return Job((prompt,), (sampling,), request.n or 1, choice)

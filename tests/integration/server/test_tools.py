@@ -253,6 +253,8 @@ def tool(value: Any) -> dict[str, Any]:
         ({"tools": [{"type": "function"}]}, "tools.0.function", "required"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "pattern"),
         ({"tools": [TIME, TIME]}, "tools", "twice"),
+        ({"tools": [TIME], **schema({"not": {}})}, "response_format", "not"),
+        ({"tools": [TIME], "tool_choice": "required", **schema({"not": {}})}, "response_format", "not"),
         ({"tools": [TIME] * 129}, "tools", "128"),
         ({"tools": [TIME], "tool_choice": "always"}, "tool_choice", "must be none, auto, required"),
         ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "'x'"),
