@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import signal
 import subprocess
 import time
 from types import TracebackType
@@ -69,5 +70,6 @@ class Terminal:
 
 
 def _own() -> None:
-    """The new session's terminal is the one that it reads from, so that Ctrl-C reaches it."""
+    """The new session's terminal is the one that it reads from, and Ctrl-C reaches it, even where tests ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.close(os.open(os.ttyname(0), os.O_RDWR))
