@@ -4,11 +4,11 @@ Knows HTTP only.
 """
 
 import asyncio
-import json
 import statistics
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from server.client import DONE, bearer, parse_event, request_of, require_end, require_stream
 from server.errors import RequestFailed
 
 FIGURES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99, "max": 1.0}
@@ -39,13 +40,13 @@ class BenchPlan:
     url: str
     api_key: str | None
     requests: int
-    prompt: str | None  # None: every prompt is another, of about `prompt_tokens`
+    prompt: str | None  # None: every prompt is another, in this run and of other seeds, of about `prompt_tokens`
     prompt_tokens: int
     max_tokens: int
     routes: Sequence[Route]  # taken in turn
     clients: int  # that ask at once, unless there is
     rate: float | None  # of requests a second, at random times (exponential gaps), however long the answers take
-    seed: int = 0
+    seed: int  # of the times and the prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +92,9 @@ def arrivals(requests: int, rate: float, seed: int) -> Iterator[float]:
 
 
 async def _run(plan: BenchPlan, on_answer: Callable[[], None]) -> list[Sample | Refusal]:
-    headers = {"authorization": f"Bearer {plan.api_key}"} if plan.api_key else {}
     limits = httpx.Limits(max_connections=None)
     answers: list[Sample | Refusal] = []
-    async with httpx.AsyncClient(base_url=plan.url, headers=headers, timeout=600.0, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=plan.url, headers=bearer(plan.api_key), timeout=600.0, limits=limits) as http:
 
         async def ask(number: int, due: float) -> None:
             answers.append(await _ask(http, plan, number, due))
@@ -127,12 +127,14 @@ async def _ask(http: httpx.AsyncClient, plan: BenchPlan, number: int, due: float
     route = plan.routes[number % len(plan.routes)]
     times: list[float] = []
     usage: dict[str, Any] = {}
+    request = request_of(http, "POST", "/v1/chat/completions", json=_body(plan, route, number))
     try:
-        async with http.stream("POST", "/v1/chat/completions", json=_body(plan, route, number)) as response:
+        async with aclosing(await http.send(request, stream=True)) as response:
             if response.status_code in OVERLOADED:
                 return Refusal(route.name, response.status_code)
-            if response.is_error:
-                raise RequestFailed(f"{response.status_code}: {(await response.aread()).decode(errors='replace')}")
+            if not response.is_success:
+                await response.aread()
+            require_stream(response)
             async for chunk in _chunks(response):
                 if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
                     times.append(time.monotonic())
@@ -153,18 +155,20 @@ async def _ask(http: httpx.AsyncClient, plan: BenchPlan, number: int, due: float
 
 
 async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    is_done = False
     async for line in response.aiter_lines():
-        if line.startswith("data: {"):
-            chunk = json.loads(line.removeprefix("data: "))
-            if "error" in chunk:
-                raise RequestFailed(chunk["error"]["message"])
+        if line == DONE:
+            is_done = True
+        elif (chunk := parse_event(line)) is not None:
             yield chunk
+    require_end(is_done=is_done)
 
 
 def _body(plan: BenchPlan, route: Route, number: int) -> dict[str, Any]:
     content = plan.prompt
-    if content is None:  # a common word is one token; the number comes first, so that no two prompts begin alike
-        content = f"{number}" + " and" * max(0, plan.prompt_tokens - 1)
+    if content is None:  # a common word is one token; the numbers come first, so that no two prompts begin alike
+        numbers = f"{plan.seed} {number}"
+        content = numbers + " and" * max(0, plan.prompt_tokens - len(numbers))
     body: dict[str, Any] = {
         "messages": [{"role": "user", "content": content}],
         "max_tokens": plan.max_tokens,
@@ -182,7 +186,8 @@ def figures_of(plan: BenchPlan, answers: Sequence[Sample | Refusal], seconds: fl
     """What a run of `seconds` showed, in all and by route."""
     return {
         "url": plan.url,
-        "load": {"clients": plan.clients} if plan.rate is None else {"rate": plan.rate, "seed": plan.seed},
+        "load": {"clients": plan.clients} if plan.rate is None else {"rate": plan.rate},
+        "seed": plan.seed,
         "requests": plan.requests,
         "max_tokens": plan.max_tokens,
         "seconds": round(seconds, 3),

@@ -5,7 +5,6 @@ list of all options.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -140,7 +139,10 @@ def bench(
         float | None,
         typer.Option(min=0.001, help="Requests a second at random times, however long the answers take."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random times.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of the random times and the prompts; another for each run unless it is given."),
+    ] = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 16,
     prompt: Annotated[str | None, typer.Option(help="What every request asks; else each prompt is another.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="About how long each prompt is.")] = 32,
@@ -152,6 +154,8 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Measure a running server: throughput, time to first token and per token, in all and by route."""
+    from random import randrange
+
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
@@ -162,8 +166,11 @@ def bench(
         end_usage("--clients and --rate exclude each other")
     routes = [_parse_route(text) for text in route or ["router"]]
     with told_plainly(), Progress(console=Console(stderr=True)) as progress:
-        url, key = address(url, config, api_key)
-        plan = BenchPlan(url, key, requests, prompt, prompt_tokens, max_tokens, routes, clients or 1, rate, seed)
+        where = address(url, config, api_key=api_key)
+        seed = randrange(1_000_000) if seed is None else seed  # noqa: S311 - no secret
+        plan = BenchPlan(
+            where.url, where.api_key, requests, prompt, prompt_tokens, max_tokens, routes, clients or 1, rate, seed
+        )
         task = progress.add_task("asking", total=requests)
         figures = run_bench(plan, lambda: progress.advance(task))
     if not as_json:
@@ -200,4 +207,4 @@ def _parse_route(text: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())  # type: ignore[func-returns-value]
+    main()

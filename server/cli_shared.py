@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,9 +16,18 @@ AdminKeyOption = Annotated[str | None, typer.Option("--admin-key", help="Default
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server is, and the keys that it is asked with."""
+
+    url: str
+    api_key: str | None = field(repr=False)
+    admin_key: str | None = field(repr=False)
+
+
 @contextmanager
 def told_plainly() -> Iterator[None]:
-    """An error that was raised on purpose is one line and exit status 1, not a traceback."""
+    """An error that was raised on purpose, or by the system, is one line and exit status 1, not a traceback."""
     from engine.errors import EngineError
     from router.errors import RouterError
     from server.errors import ServerError
@@ -25,7 +35,9 @@ def told_plainly() -> Iterator[None]:
 
     try:
         yield
-    except (ServerError, EngineError, RouterError, StoreError) as error:
+    except BrokenPipeError:  # who read the output has gone
+        raise
+    except (ServerError, EngineError, RouterError, StoreError, OSError) as error:
         typer.secho(f"error: {printable(str(error))}", fg="red", err=True)
         raise typer.Exit(1) from error
 
@@ -46,12 +58,28 @@ def print_json(answer: Any) -> None:
     typer.echo(json.dumps(answer, indent=2))
 
 
-def address(url: str | None, config: Path | None, api_key: str | None) -> tuple[str, str | None]:
-    """Where the server is, and an API key for it. ConfigInvalid."""
+def address(
+    url: str | None, config: Path | None, *, api_key: str | None = None, admin_key: str | None = None
+) -> Address:
+    """What was given, else what the settings say. ConfigInvalid."""
+    import httpx
+
     from server.config import load_settings
+    from server.errors import ConfigInvalid
 
     server = load_settings(config).server
-    return url or f"http://{server.host}:{server.port}", api_key or next(iter(server.api_keys), None)
+    where = url or _url_of(server.host, server.port)
+    try:
+        httpx.URL(where)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise ConfigInvalid(f"the server's address {where!r}: {error}") from error
+    return Address(where, api_key or next(iter(server.api_keys), None), admin_key or server.admin_key)
+
+
+def _url_of(host: str, port: int) -> str:
+    """Of a server on this machine; who listens on all addresses is asked at the machine's own."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - asked, not listened on
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 @contextmanager
@@ -60,8 +88,7 @@ def open_client(
 ) -> Iterator[Any]:
     """A ServerClient: not named as a type, because its module is imported only here."""
     from server.client import ServerClient
-    from server.config import load_settings
 
-    where, key = address(url, config, api_key)
-    with ServerClient(where, api_key=key, admin_key=admin_key or load_settings(config).server.admin_key) as client:
+    where = address(url, config, api_key=api_key, admin_key=admin_key)
+    with ServerClient(where.url, api_key=where.api_key, admin_key=where.admin_key) as client:
         yield client

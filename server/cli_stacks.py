@@ -4,6 +4,7 @@ Longer than most files because it is the list of all options; each command impor
 """
 
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -74,22 +75,20 @@ def verify_stacks(
 
     A store's files are compared with the digests of its manifest. Extra files are told; they are no fault.
     """
-    if not paths:
-        _verify_server(url, config, admin_key)
     with told_plainly():
-        _verify_paths(paths or [])
+        num_faulty = sum(not _verify_path(path) for path in paths) if paths else _verify_server(url, config, admin_key)
+    raise typer.Exit(1 if num_faulty else 0)
 
 
-def _verify_server(url: str | None, config: Path | None, admin_key: str | None) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+def _verify_server(url: str | None, config: Path | None, admin_key: str | None) -> int:
+    """The number of bad files."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     num_bad = 0
     with (
-        told_plainly(),
         open_client(url, config, admin_key=admin_key) as client,
-        Progress(*columns, console=Console(stderr=True)) as progress,
+        _progress_above_which_is_told(*columns) as progress,
     ):
         domains = client.domains()["domains"]
         task = progress.add_task("reading", total=sum(domain["bytes"] for domain in domains))
@@ -97,37 +96,47 @@ def _verify_server(url: str | None, config: Path | None, admin_key: str | None) 
             progress.update(task, description=domain["name"])
             for check in client.verify(domain["name"])["files"]:
                 num_bad += check["fault"] is not None
-                _tell("good" if check["fault"] is None else "bad", check["file"], check["fault"] or check["digest"])
+                kind = "good" if check["fault"] is None else "bad"
+                _tell(progress, kind, check["file"], check["fault"] or check["digest"])
             progress.advance(task, domain["bytes"])
-    raise typer.Exit(1 if num_bad else 0)
+    return num_bad
 
 
-def _verify_paths(paths: list[Path]) -> None:
-    """Exit status 1 if anything is bad or missing, or if there is nothing to check."""
+def _verify_path(path: Path) -> bool:
+    """Whether nothing is bad or missing, and there is something to check."""
+    from server.store_check import check_files, check_store, is_store, num_named_files
+
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    total = num_named_files(path) if is_store(path) else len(files)
+    num_checked = num_wrong = 0
+    with _progress_above_which_is_told(transient=True) as progress:
+        task = progress.add_task(printable(path.name), total=total)
+        for finding in check_store(path) if is_store(path) else check_files(files):
+            _tell(progress, finding.kind, finding.file, finding.said)
+            num_checked += finding.kind != "extra"
+            num_wrong += finding.kind in ("bad", "missing")
+            progress.advance(task, finding.kind != "extra")
+    if not num_checked:
+        typer.secho(f"error: no stack file under {printable(str(path))}", fg="red", err=True)
+    return num_checked > 0 and num_wrong == 0
+
+
+def _progress_above_which_is_told(*columns: Any, transient: bool = False) -> Any:
+    """A Progress on the terminal that shows the standard output; if that goes elsewhere, on the other stream."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from server.store_check import check_files, check_store, is_store, num_named_files
-
-    num_checked = num_wrong = 0
-    for path in paths:
-        files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
-        total = num_named_files(path) if is_store(path) else len(files)
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(printable(path.name), total=total)
-            for finding in check_store(path) if is_store(path) else check_files(files):
-                _tell(finding.kind, finding.file, finding.said)
-                num_checked += finding.kind != "extra"
-                num_wrong += finding.kind in ("bad", "missing")
-                progress.advance(task, finding.kind != "extra")
-    if not num_checked:
-        typer.secho(f"error: no stack file under {', '.join(map(str, paths))}", fg="red", err=True)
-    raise typer.Exit(1 if num_wrong or not num_checked else 0)
+    return Progress(*columns, console=Console(stderr=not sys.stdout.isatty()), transient=transient)
 
 
-def _tell(kind: str, file: str, said: str) -> None:
+def _tell(progress: Any, kind: str, file: str, said: str) -> None:
+    """On the standard output, above the bar where that is shown there too."""
+    line = f"{kind:<8}{printable(file)}: {printable(said)}"
     colour = {"bad": "red", "missing": "red", "extra": "yellow"}.get(kind)
-    typer.secho(f"{kind:<8}{printable(file)}: {printable(said)}", fg=colour)
+    if progress.console.stderr:
+        typer.secho(line, fg=colour)
+    else:
+        progress.console.print(line, style=colour, markup=False, highlight=False, soft_wrap=True)
 
 
 @stacks_app.command("push")

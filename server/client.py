@@ -3,8 +3,10 @@
 import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -12,6 +14,9 @@ from server.errors import RequestFailed
 
 CHUNK_BYTES = 1024 * 1024
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+ADMIN_TIMEOUT = httpx.Timeout(600.0, connect=5.0, read=None)  # an answer may wait for downloads, or for all bytes
+DONE = "data: [DONE]"
+MAX_SHOWN = 100  # characters of an answer that is none
 
 Json = dict[str, Any]
 
@@ -21,8 +26,8 @@ class ServerClient:
 
     def __init__(self, url: str, *, api_key: str | None = None, admin_key: str | None = None) -> None:
         self._http = httpx.Client(base_url=url, timeout=TIMEOUT)
-        self._api = _bearer(api_key)
-        self._admin = _bearer(admin_key)
+        self._api = bearer(api_key)
+        self._admin = bearer(admin_key)
 
     def __enter__(self) -> Self:
         return self
@@ -38,14 +43,12 @@ class ServerClient:
     def stream_chat(self, messages: Sequence[Mapping[str, str]], **fields: Any) -> Generator[Json, None, None]:
         """The chunks of a streamed answer; closing it breaks the answer off."""
         body = {"messages": list(messages), "stream": True, **fields}
-        try:
-            with self._http.stream("POST", "/v1/chat/completions", json=body, headers=self._api) as response:
-                if response.is_error:
-                    response.read()
-                    raise RequestFailed(_message(response))
-                yield from _events(response.iter_lines())
-        except httpx.HTTPError as error:
-            raise RequestFailed(f"{self._http.base_url}: {error}") from error
+        request = request_of(self._http, "POST", "/v1/chat/completions", json=body, headers=self._api)
+        with self._reaching(), closing(self._http.send(request, stream=True)) as response:
+            if not response.is_success:
+                response.read()
+            require_stream(response)
+            yield from _events(response.iter_lines())
 
     def route(self, text: str) -> Json:
         """Scores and mix of a text."""
@@ -57,58 +60,121 @@ class ServerClient:
 
     def domains(self) -> Json:
         """Every registered domain."""
-        return self._call("GET", "/admin/domains", self._admin)
+        return self._ask_admin("GET", "/admin/domains")
 
     def domain(self, name: str) -> Json:
         """One registered domain."""
-        return self._call("GET", f"/admin/domains/{name}", self._admin)
+        return self._ask_admin("GET", _domain_path(name))
 
     def upload(self, path: Path, on_bytes: Callable[[int], None]) -> str:
         """Sends a file; its digest. `on_bytes` hears how many bytes were sent each time."""
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
-            self._call("PUT", f"/admin/blobs/{digest}", self._admin, content=_chunks(file.read, on_bytes))
+            self._ask_admin("PUT", f"/admin/blobs/{digest}", content=_chunks(file.read, on_bytes))
         return digest
 
     def register(self, name: str, stacks: Sequence[Mapping[str, str]], *, dry_run: bool) -> Json:
         """Registers stacks as a domain's rounds: `sha256` of each, and `url` of those that were not uploaded."""
         body = {"stacks": list(stacks), "dry_run": dry_run}
-        return self._call("PUT", f"/admin/domains/{name}", self._admin, json=body)
+        return self._ask_admin("PUT", _domain_path(name), json=body)
 
     def remove(self, name: str) -> Json:
         """Deletes a domain."""
-        return self._call("DELETE", f"/admin/domains/{name}", self._admin)
+        return self._ask_admin("DELETE", _domain_path(name))
 
     def verify(self, name: str) -> Json:
         """Has all bytes of a domain's files read again: of each its digest, and its fault if it has one."""
-        return self._call("POST", f"/admin/domains/{name}/verify", self._admin)
+        return self._ask_admin("POST", f"{_domain_path(name)}/verify")
 
     def change_residency(self, name: str, action: str, *, tier: str) -> Json:
         """`pin`, `unpin` or `prefetch`."""
-        return self._call("POST", f"/admin/domains/{name}/{action}", self._admin, params={"tier": tier})
+        return self._ask_admin("POST", f"{_domain_path(name)}/{action}", params={"tier": tier})
 
     def cache(self) -> Json:
         """What is resident, leased, pinned and loading."""
-        return self._call("GET", "/admin/cache", self._admin)
+        return self._ask_admin("GET", "/admin/cache")
 
     def set_router(self, source: Mapping[str, str]) -> Json:
         """Makes a router file live: `sha256`, and `url` if it was not uploaded."""
-        return self._call("PUT", "/admin/router", self._admin, json=dict(source))
+        return self._ask_admin("PUT", "/admin/router", json=dict(source))
 
-    def _call(self, method: str, path: str, headers: Mapping[str, str], **kwargs: Any) -> Json:
-        try:
-            response = self._http.request(method, path, headers=headers, **kwargs)
-        except httpx.HTTPError as error:
-            raise RequestFailed(f"{self._http.base_url}: {error}") from error
-        if response.is_error:
+    def _ask_admin(self, method: str, path: str, **parts: Any) -> Json:
+        return self._call(method, path, self._admin, timeout=ADMIN_TIMEOUT, **parts)
+
+    def _call(self, method: str, path: str, headers: Mapping[str, str], **parts: Any) -> Json:
+        request = request_of(self._http, method, path, headers=headers, **parts)
+        with self._reaching():
+            response = self._http.send(request)
+        if not response.is_success:
             raise RequestFailed(_message(response))
-        answer: Json = response.json()
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise RequestFailed(f"{response.url} answered with no JSON object: {response.text[:MAX_SHOWN]!r}")
         return answer
 
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.HTTPError as error:
+            raise RequestFailed(f"{self._http.base_url}: {error}") from error
 
-def _bearer(key: str | None) -> dict[str, str]:
-    return {"authorization": f"Bearer {key}"} if key else {}
+
+def bearer(key: str | None) -> dict[str, str]:
+    """The header of a key. RequestFailed for a key that no header may hold."""
+    if not key:
+        return {}
+    if not key.isascii():
+        raise RequestFailed("a key has characters that are not ASCII, so that it cannot be sent")
+    return {"authorization": f"Bearer {key}"}
+
+
+def request_of(http: httpx.Client | httpx.AsyncClient, method: str, path: str, **parts: Any) -> httpx.Request:
+    """RequestFailed for what cannot be written as a request, such as a number that JSON does not have."""
+    try:
+        return http.build_request(method, path, **parts)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise RequestFailed(f"{http.base_url} cannot be asked: {error}") from error
+
+
+def require_stream(response: httpx.Response) -> None:
+    """RequestFailed for what is no event stream. The body of an error has to be read before."""
+    if not response.is_success:
+        raise RequestFailed(_message(response))
+    kind = response.headers.get("content-type", "")
+    if not kind.startswith("text/event-stream"):
+        raise RequestFailed(f"{response.url} answered with content type {kind!r}, not with an event stream")
+
+
+def parse_event(line: str) -> Json | None:
+    """The chunk in a line of a stream, if there is one. RequestFailed for an error of the server, or for no chunk."""
+    payload = line.removeprefix("data: ")
+    if payload == line:
+        return None
+    try:
+        chunk = json.loads(payload)
+    except ValueError:
+        chunk = None
+    match chunk:
+        case {"error": {"message": str(said)}}:
+            raise RequestFailed(said)
+        case {"choices": list()}:
+            return chunk
+    raise RequestFailed(f"an event of the stream is no chunk: {payload[:MAX_SHOWN]!r}")
+
+
+def require_end(*, is_done: bool) -> None:
+    """RequestFailed for a stream that was over without [DONE]."""
+    if not is_done:
+        raise RequestFailed("the stream broke off: it did not end with [DONE]")
+
+
+def _domain_path(name: str) -> str:
+    return f"/admin/domains/{quote(name, safe='')}"
 
 
 def _chunks(read: Callable[[int], bytes], on_bytes: Callable[[int], None]) -> Iterator[bytes]:
@@ -118,14 +184,13 @@ def _chunks(read: Callable[[int], bytes], on_bytes: Callable[[int], None]) -> It
 
 
 def _events(lines: Iterator[str]) -> Iterator[Json]:
+    is_done = False
     for line in lines:
-        payload = line.removeprefix("data: ")
-        if payload == line or payload == "[DONE]":
-            continue
-        chunk: Json = json.loads(payload)
-        if "error" in chunk:
-            raise RequestFailed(chunk["error"]["message"])
-        yield chunk
+        if line == DONE:
+            is_done = True
+        elif (chunk := parse_event(line)) is not None:
+            yield chunk
+    require_end(is_done=is_done)
 
 
 def _message(response: httpx.Response) -> str:

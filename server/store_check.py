@@ -79,9 +79,14 @@ def _check_stack(store: Path, manifest: Manifest, domain: str, stack: StackEntry
     header, digest = verify_stack(store / stack.file)
     if digest != stack.digest:
         raise StoreError(f"has the digest {digest}, the manifest names {stack.digest}")
-    said = (header.domain, header.round, header.base_fingerprint, header.geometry)
-    if said != (domain, stack.round, manifest.base_fingerprint, manifest.geometry):
-        raise StoreError(f"is round {header.round} of {header.domain!r} for base {header.base_fingerprint!r}")
+    said = {
+        "domain": (header.domain, domain),
+        "round": (header.round, stack.round),
+        "base": (header.base_fingerprint, manifest.base_fingerprint),
+        "geometry": (header.geometry, manifest.geometry),
+    }
+    if wrong := [f"{name} {says!r} for {wanted!r}" for name, (says, wanted) in said.items() if says != wanted]:
+        raise StoreError(f"has a header of another stack: {', '.join(wrong)}")
     return _show(header, digest)
 
 

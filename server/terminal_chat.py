@@ -11,10 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
+from server.cli_shared import printable
 from server.client import Json, ServerClient
 from server.errors import RequestFailed
 from server.terminal_mix import parse_mix, show_weights
 from server.terminal_tables import domains_table, route_table, router_lines
+
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def run_chat(client: ServerClient, fields: dict[str, Any]) -> None:
@@ -61,6 +64,10 @@ class Chat:
         while not self._has_ended and (line := self._read_line()) is not None:
             try:
                 self._take(line)
+            except KeyboardInterrupt:
+                if not self._is_interactive:
+                    raise
+                self._say_on_new_line("stopped")
             except RequestFailed as error:
                 if not self._is_interactive:
                     raise
@@ -71,8 +78,12 @@ class Chat:
         try:
             return self._console.input("[bold cyan]you[/bold cyan] " if self._is_interactive else "").strip()
         except KeyboardInterrupt:
-            self._console.print()
-            self._say("/quit or Ctrl-D ends")
+            self._say_on_new_line("/quit or Ctrl-D ends")
+            return ""
+        except UnicodeDecodeError as error:
+            if not self._is_interactive:
+                raise RequestFailed(f"the input is not {error.encoding}: {error}") from error
+            self._complain(f"that was not {error.encoding}: {error}")
             return ""
         except EOFError:
             return None
@@ -88,25 +99,38 @@ class Chat:
             self._ask(line.removeprefix("/"))
 
     def _ask(self, question: str) -> None:
-        """An answer that was stopped stays in the conversation as far as it came; a question without one does not."""
+        """As far as an answer came, it stays in the conversation, however it ended; a question without one does not."""
         messages = [*self._messages, {"role": "user", "content": question}]
-        pieces: list[str] = []
+        answer = ""
         report: Json = {}
-        was_stopped = False
+        was_stopped = was_cut = False
         try:
             with closing(self._client.stream_chat(messages, **self._fields)) as chunks:
                 for chunk in chunks:
                     report = chunk.get("brainstacks", report)
                     for choice in chunk["choices"]:
-                        pieces.append(choice["delta"].get("content") or "")
-                        self._console.out(pieces[-1], end="", highlight=False)
+                        piece = choice["delta"].get("content") or ""
+                        answer += piece
+                        self._show(piece)
+                        was_cut = was_cut or choice.get("finish_reason") == "length"
         except KeyboardInterrupt:  # closing the stream tells the server
             was_stopped = True
-        self._console.print()
-        answer = "".join(pieces)
-        if answer or not was_stopped:
-            self._messages = [*messages, {"role": "assistant", "content": answer}]
-        self._say("stopped" if was_stopped else describe_report(report))
+        finally:
+            if answer:
+                self._messages = [*messages, {"role": "assistant", "content": answer}]
+            if answer or was_stopped:
+                self._console.print()
+        if was_stopped:
+            self._say("stopped")
+        if was_cut:
+            self._say("cut at --max-tokens")
+        if report:
+            self._say(describe_report(report))
+
+    def _show(self, piece: str) -> None:
+        """As the model wrote it, but for what would steer the terminal."""
+        self._console.file.write(piece.translate(CONTROLS))
+        self._console.file.flush()
 
     def _set_mix(self, text: str) -> None:
         if text == "auto":
@@ -164,10 +188,15 @@ class Chat:
         self._has_ended = True
 
     def _say(self, text: str) -> None:
-        self._console.print(text, style="dim", markup=False, highlight=False)
+        self._console.print(printable(text), style="dim", markup=False, highlight=False)
+
+    def _say_on_new_line(self, text: str) -> None:
+        """Behind what Ctrl-C left of a line."""
+        self._console.print()
+        self._say(text)
 
     def _complain(self, text: str) -> None:
-        self._console.print(f"error: {text}", style="red", markup=False, highlight=False)
+        self._console.print(f"error: {printable(text)}", style="red", markup=False, highlight=False)
 
 
 def describe_report(report: Json) -> str:

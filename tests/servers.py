@@ -250,7 +250,7 @@ class LiveServer:
     import_root: Path
     may_load: threading.Event
     http: DrainingServer
-    routers: dict[str, ScriptedRouter] = field(default_factory=dict)  # by digest of a router file
+    routers: dict[str, ScriptedRouter] = field(default_factory=dict)  # by the last 8 bytes of a router file, in hex
 
     def client(self, key: str | None = None) -> httpx.Client:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}

@@ -53,6 +53,15 @@ class StreamedAnswer:
             if choice["finish_reason"] is not None:
                 self._finish_reasons.append(choice["finish_reason"])
 
+    def straying(self, case: Case) -> str | None:
+        """What a stream that was left, and may have asked for more tokens, said otherwise than the reference."""
+        can_go_on = case.finish_reason == "length"
+        known = case.text.rstrip("\ufffd") if can_go_on else case.text  # a character that was cut may be whole here
+        is_right = known.startswith(self.text) or (can_go_on and self.text.startswith(known))
+        if self.error is None and not self._faults and is_right:
+            return None
+        return f"left with {self.text!r} for {case.text!r}, error {self.error!r}, faults {self._faults!r}"
+
     def difference(self, case: Case) -> str | None:
         """From the reference, in words; None if there is none."""
         usage = self._usage or {}

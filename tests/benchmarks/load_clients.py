@@ -85,7 +85,7 @@ class Clients:
             kind = random.random()
             try:
                 if kind < 0.1:
-                    await self._hang_up(connection, random)
+                    await self._hang_up(connection, random.choice(HANG_UP_POINTS), random)
                 elif kind < 0.2:
                     await self._ask_badly(connection, random.choice(self._bad), random)
                 else:
@@ -116,24 +116,31 @@ class Clients:
             self.tally.fail(f"{bad.name}: {head.status} {body}")
         self.tally.refused[bad.name] += 1
 
-    async def _hang_up(self, connection: Connection, random: Random) -> None:
-        point = random.choice(HANG_UP_POINTS)
-        request = random.choice(self._plan.cases).request
+    async def _hang_up(self, connection: Connection, point: str, random: Random) -> None:
+        case = random.choice(self._plan.cases)
         await connection.send(
-            _streamed(request | {"max_tokens": 200}), share=random.random() if point == HANG_UP_POINTS[0] else 1.0
+            _streamed(case.request | {"max_tokens": 200}), share=random.random() if point == HANG_UP_POINTS[0] else 1.0
         )
         if point == "after the request":
             await asyncio.sleep(random.choice((0, 0.05, 1.0)))
         elif point != "in the request":
             head = await self._head(connection)
-            if head.status == 200 and point == "in the stream":
-                num_events = random.randrange(1, 30)
-                async for _ in connection.events(head):
-                    num_events -= 1
-                    if num_events == 0:
-                        break
+            if head.status not in (200, 429):
+                self.tally.fail(f"{head.status}: {await connection.body(head)}")
+            elif head.status == 200 and point == "in the stream":
+                await self._read_some(connection, head, case, num_events=random.randrange(1, 30))
         self.tally.hung_up[point] += 1
         connection.hang_up(rudely=random.random() < 0.5)
+
+    async def _read_some(self, connection: Connection, head: Head, case: Case, *, num_events: int) -> None:
+        answer = StreamedAnswer()
+        async for event in connection.events(head):
+            answer.take(event)
+            num_events -= 1
+            if num_events == 0:
+                break
+        if (straying := answer.straying(case)) is not None:
+            self.tally.fail(f"{case.request}: {straying}")
 
     async def _head(self, connection: Connection) -> Head:
         head = await connection.head()

@@ -1,6 +1,5 @@
 """Watches a server's process while it works: memory, file descriptors, threads, readiness. Knows /proc, no load."""
 
-import math
 import os
 import statistics
 import threading
@@ -69,7 +68,7 @@ class ProcessWatch(threading.Thread):
     def faults(self, seconds: float) -> Iterator[str]:
         """Broken promises, in words."""
         yield from self._unready
-        _, second, last = self._thirds()
+        _, second, last = thirds(self._held)
         growth = _memory(last) / _memory(second)
         if seconds >= MEMORY_SECONDS and growth > MEMORY_GROWTH:
             yield f"memory grew by a factor of {growth:.3f} from the second third of the run to the last"
@@ -83,20 +82,16 @@ class ProcessWatch(threading.Thread):
 
     def summary(self) -> dict[str, Any]:
         """Medians by third of the run."""
-        thirds = self._thirds()
+        parts = thirds(self._held)
         ordered = sorted(self._probe_seconds)
         return {
             "before": asdict(self._before),
-            "memory_mib_by_third": [round(_memory(third) / 2**20, 1) for third in thirds],
-            "most_file_descriptors_by_third": [max(held.file_descriptors for held in third) for third in thirds],
-            "most_threads_by_third": [max(held.threads for held in third) for third in thirds],
+            "memory_mib_by_third": [round(_memory(third) / 2**20, 1) for third in parts],
+            "most_file_descriptors_by_third": [max(held.file_descriptors for held in third) for third in parts],
+            "most_threads_by_third": [max(held.threads for held in third) for third in parts],
             "ready_probes": len(ordered),
             "ready_probe_seconds": {"median": statistics.median(ordered), "max": ordered[-1]},
         }
-
-    def _thirds(self) -> Sequence[Sequence[Held]]:
-        length = math.ceil(len(self._held) / 3)
-        return [self._held[:length], self._held[length : 2 * length], self._held[2 * length :]]
 
 
 @contextmanager
@@ -107,6 +102,13 @@ def watching(server: ServerProcess) -> Iterator[ProcessWatch]:
         yield watch
     finally:
         watch.stop()
+
+
+def thirds(held: Sequence[Held]) -> Sequence[Sequence[Held]]:
+    """In order, as equal as they can be. ValueError if there is not one for each."""
+    if (num := len(held)) < 3:
+        raise ValueError(f"{num} samples have no thirds: watch for longer")
+    return [held[num * part // 3 : num * (part + 1) // 3] for part in range(3)]
 
 
 def _memory(third: Sequence[Held]) -> float:

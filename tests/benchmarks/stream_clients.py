@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 CONTENT = re.compile(rb'"content":"[^"]')
 END_OF_BODY = b"0\r\n\r\n"  # the last chunk; an event ends otherwise
 PIECE_BYTES = 65536
+SILENT_SECONDS = 60.0  # of all streams together, after which the server is given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class _Stream:
         piece = self.connection.recv(PIECE_BYTES)
         if not piece:
             raise ConnectionError(f"the server hung up after {b''.join(self.pieces)[-200:]!r}")
+        if not self.pieces and not piece.startswith(b"HTTP/1.1 200"):
+            raise ConnectionError(f"not a stream: {piece[:300]!r}")
         if self.first_content_at is None and CONTENT.search(piece):
             self.first_content_at = time.perf_counter()
         self.pieces.append(piece)
@@ -52,7 +55,7 @@ class _Stream:
         """As the stream's last chunk counts them."""
         whole = b"".join(self.pieces)
         counts = re.findall(rb'"completion_tokens":(\d+)', whole)
-        if not whole.startswith(b"HTTP/1.1 200") or not counts:
+        if not counts:
             raise ConnectionError(f"not a whole stream: {whole[:300]!r}")
         return int(counts[-1])
 
@@ -81,7 +84,9 @@ class StreamClients:
                 stream.connection.sendall(request)
             unfinished = len(streams)
             while unfinished:
-                for key, _ in selector.select():
+                if not (ready := selector.select(SILENT_SECONDS)):
+                    raise TimeoutError(f"{unfinished} streams have been silent for {SILENT_SECONDS} seconds")
+                for key, _ in ready:
                     if key.data.take():
                         selector.unregister(key.fileobj)
                         unfinished -= 1
@@ -89,6 +94,11 @@ class StreamClients:
             cpu = time.process_time() - cpu
         firsts = [(stream.first_content_at or ended) - stream.sent_at for stream in streams]
         return Streamed(ended - began, firsts, sum(stream.completion_tokens() for stream in streams), cpu)
+
+    def close(self) -> None:
+        """Hangs up."""
+        for connection in self._connections:
+            connection.close()
 
 
 class ClientProcess:
@@ -117,9 +127,9 @@ def client_process(port: int) -> Iterator[ClientProcess]:
 
 def main() -> None:
     """Serves its standard input."""
-    clients = StreamClients(int(sys.argv[1]))
-    for line in sys.stdin:
-        print(json.dumps(asdict(clients.stream(json.loads(line)))), flush=True)
+    with closing(StreamClients(int(sys.argv[1]))) as clients:
+        for line in sys.stdin:
+            print(json.dumps(asdict(clients.stream(json.loads(line)))), flush=True)
 
 
 def _request(body: dict[str, Any]) -> bytes:

@@ -8,6 +8,7 @@ import httpx
 from jsonschema import Draft202012Validator
 
 MAX_SHOWN = 300
+ERROR = {"$ref": "#/components/schemas/Error"}
 
 
 class Judge:
@@ -37,21 +38,36 @@ class Judge:
             return
         schema = documented["content"][kind]["schema"]
         if kind == "application/json":
-            yield from self._faults_of(response.json(), schema)
+            yield from self._faults_of_text(response.text, schema)
         elif kind == "text/event-stream":
             yield from self._faults_of_events(response.text, schema)
 
     def _faults_of_events(self, text: str, schema: Mapping[str, Any]) -> Iterator[str]:
-        """`data:` lines only, each a chunk; [DONE] is last, or an error is, of a request that failed on the way."""
+        """`data:` lines only, each a chunk; [DONE] is last, or an error is, of a request that failed on the way.
+
+        An error that would have been 5xx before the first chunk is a fault here too.
+        """
         lines = [line for line in text.split("\n") if line]
         if stray := [line for line in lines if not line.startswith("data: ")]:
             yield f"stray line in a stream: {stray[0][:MAX_SHOWN]}"
         events = [line.removeprefix("data: ") for line in lines]
-        if not events or events.pop() != "[DONE]":
-            yield f"stream does not end with [DONE]: {text[-MAX_SHOWN:]}"
-            return
+        last = events.pop() if events else ""
         for event in events:
-            yield from self._faults_of(json.loads(event), schema)
+            yield from self._faults_of_text(event, schema)
+        if last == "[DONE]":
+            return
+        if any(self._faults_of_text(last, ERROR)):
+            yield f"stream ends neither with [DONE] nor with an error: {text[-MAX_SHOWN:]}"
+        elif json.loads(last)["error"]["type"] == "server_error":
+            yield f"stream ends with an error of the server: {last[:MAX_SHOWN]}"
+
+    def _faults_of_text(self, text: str, schema: Mapping[str, Any]) -> Iterator[str]:
+        try:
+            value = json.loads(text, parse_constant=_refuse)
+        except ValueError as error:
+            yield f"{error}: {text[:MAX_SHOWN]}"
+            return
+        yield from self._faults_of(value, schema)
 
     def _faults_of(self, value: Any, schema: Mapping[str, Any]) -> Iterator[str]:
         key = json.dumps(schema)
@@ -60,3 +76,7 @@ class Judge:
             self._validators[key] = Draft202012Validator(whole)
         for error in self._validators[key].iter_errors(value):
             yield f"{error.json_path}: {error.message[:MAX_SHOWN]}"
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")

@@ -7,7 +7,7 @@ the whole server on a tiny base; the reference is a new engine for every mix, wh
 import random
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -226,11 +226,10 @@ def history(folder: Path, base_folder: Path, seed: int) -> Iterator[tuple[Histor
     app = compose_app_for(load_base(str(base_folder), base_format="dense", dtype="float32", device=DEVICE), settings)
     with serve_app(app) as url, httpx.Client(base_url=url, timeout=60) as http:
         http.headers["authorization"] = "Bearer k"
-        told = History(http, reference, seed)
-        for domain in DOMAINS:
-            told.replace(domain)
-        yield told, http
-        told.close()
+        with closing(History(http, reference, seed)) as told:
+            for domain in DOMAINS:
+                told.replace(domain)
+            yield told, http
 
 
 @pytest.mark.parametrize("seed", range(3))

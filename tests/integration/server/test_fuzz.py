@@ -79,6 +79,29 @@ def test_judge_sees_what_departs_from_the_document(target: Target, stream: bool)
     assert faults(document, response) == ["undocumented status 200"]
 
 
+def test_judge_knows_a_stream_that_ends_with_an_error(target: Target) -> None:
+    response = chat(target, stream=True)
+    begun = response.content.removesuffix(b"data: [DONE]\n\n")
+    refusal = chat(target, temperature=-1).content
+
+    def faults_with_end(end: bytes) -> list[str]:
+        return faults(target.document, httpx.Response(200, headers=response.headers, content=begun + end))
+
+    assert not faults_with_end(b"data: " + refusal + b"\n\n")
+    internal = refusal.replace(b"invalid_request_error", b"server_error")
+    assert any("error of the server" in fault for fault in faults_with_end(b"data: " + internal + b"\n\n"))
+    for end in (b'data: {"error": "m"}\n\n', b"data: \n\n", b""):
+        assert any("neither with [DONE] nor with an error" in fault for fault in faults_with_end(end)), end
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_judge_refuses_what_only_python_reads_as_json(target: Target, constant: str) -> None:
+    response = chat(target)
+    content = response.text.replace('"created":', f'"seconds":{constant},"created":', 1).encode()
+    spoilt = httpx.Response(200, headers={"x-request-id": "1", "content-type": "application/json"}, content=content)
+    assert [fault.partition(":")[0] for fault in faults(target.document, spoilt)] == [f"{constant} is no JSON"]
+
+
 def test_judge_sees_a_broken_stream_and_a_missing_header(target: Target) -> None:
     response = chat(target, stream=True)
     cut = httpx.Response(200, headers=response.headers, content=response.content[:-14])

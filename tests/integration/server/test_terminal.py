@@ -2,13 +2,20 @@
 
 import hashlib
 import json
+import socket
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
 from server.cli import app
+from server.client import ServerClient
 from tests.fakes import tiny_header, write_random_stack
 from tests.integration.server.conftest import ADMIN_KEY
 from tests.servers import ANSWER, LiveServer, ScriptedRouter, make_store, run_live_server, wait_until
@@ -98,13 +105,11 @@ def test_ctrl_c_stops_the_answer_but_not_the_chat(server: LiveServer) -> None:
         terminal.wait_for("you ")
         terminal.type("hello\n")
         terminal.wait_for(ANSWER[0], behind="hello")
-        terminal.type("\x03")
-        terminal.wait_for("stopped")
+        terminal.interrupt(until="stopped")
         wait_until(lambda: bool(server.engine.cancelled), what="the answer was cancelled")
         server.engine.may_decode.set()
         terminal.wait_for("you ", behind="stopped")
-        terminal.type("\x03")  # at the prompt
-        terminal.wait_for("/quit or Ctrl-D ends")
+        terminal.interrupt(until="/quit or Ctrl-D ends")  # at the prompt
         terminal.type("/mix law=1\n")
         terminal.wait_for("has no domain law")
         terminal.type("again\n")
@@ -113,6 +118,103 @@ def test_ctrl_c_stops_the_answer_but_not_the_chat(server: LiveServer) -> None:
         assert terminal.status() == 0
     prompt = server.service.reader.decode(server.engine.submitted[-1].prompt_ids)
     assert prompt == f"<|user|>hello\n<|assistant|>{ANSWER[0]}\n<|user|>again\n<|assistant|>"
+
+
+def test_answer_that_breaks_off_ends_its_line_and_stays_in_the_conversation(server: LiveServer) -> None:
+    server.engine.fail_with = RuntimeError("broken")
+    failed = run(server, "chat", text="hello\n", status=1)
+    assert failed.stdout == f"{ANSWER[0]}\n"
+    assert failed.stderr.startswith("error: ")
+    with Terminal(sys.executable, "-m", "server.cli", "chat", "--url", server.url) as terminal:
+        terminal.wait_for("you ")
+        terminal.type("hello\n")
+        terminal.wait_for(f"{ANSWER[0]}\r\nerror: ")
+        server.engine.fail_with = None
+        terminal.type("again\n")
+        terminal.wait_for("mix chat=0.20")
+        terminal.type("/quit\n")
+        assert terminal.status() == 0
+    prompt = server.service.reader.decode(server.engine.submitted[-1].prompt_ids)
+    assert prompt == f"<|user|>hello\n<|assistant|>{ANSWER[0]}\n<|user|>again\n<|assistant|>"
+
+
+def test_ctrl_c_stops_a_command_but_not_the_chat() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with Terminal(sys.executable, "-m", "server.cli", "chat", "--url", url) as terminal:
+            terminal.wait_for("you ")
+            terminal.type("/route hello\n")
+            with silent.accept()[0]:
+                terminal.interrupt(until="stopped")
+                terminal.type("/quit\n")
+                assert terminal.status() == 0
+
+
+def test_answer_that_was_cut_says_so(server: LiveServer) -> None:
+    assert "cut at --max-tokens" in run(server, "chat", "--max-tokens", "3", text="hello\n").stdout
+    assert "cut" not in run(server, "chat", "--max-tokens", "300", text="hello\n").stdout
+
+
+def test_answer_is_shown_as_written_and_steers_nothing(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, answer="a\tb\r\x1b[31mc\x9b\nd") as server:
+        shown = run(server, "chat", text="hello\n/\x1b[31mx\n").stdout
+    assert shown.startswith("a\tb\\x0d\\x1b[31mc\\x9b\nd\n")
+    assert "no command /\\x1b[31mx" in shown
+    assert "\x1b" not in shown
+
+
+@contextmanager
+def answering(*lines: str) -> Iterator[str]:
+    """The address of something that answers every request with these lines, and is no server of ours."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.wfile.write("\r\n".join(lines).encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as foreign:
+        thread = threading.Thread(target=foreign.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{foreign.server_port}"
+        foreign.shutdown()
+        thread.join()
+
+
+MOVED = ("HTTP/1.1 301 Moved Permanently", "location: /", "content-length: 0", "", "")
+PAGE = ("HTTP/1.1 200 OK", "content-type: text/html", "content-length: 4", "", "<p/>")
+CHUNK = 'data: {"choices": [{"delta": {"content": "x"}, "finish_reason": null}]}'
+EVENTS = ("HTTP/1.1 200 OK", "content-type: text/event-stream", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "answer", "words"),
+    [
+        (["route", "hello"], MOVED, "301 Moved Permanently"),
+        (["chat"], MOVED, "301 Moved Permanently"),
+        (["bench"], MOVED, "301 Moved Permanently"),
+        (["route", "hello"], PAGE, "no JSON object: '<p/>'"),
+        (["chat"], PAGE, "content type 'text/html'"),
+        (["bench"], PAGE, "content type 'text/html'"),
+        (["chat"], (*EVENTS, CHUNK, ""), "did not end with [DONE]"),
+        (["bench"], (*EVENTS, CHUNK, ""), "did not end with [DONE]"),
+        (["chat"], (*EVENTS, "data: <p/>", ""), "is no chunk: '<p/>'"),
+        (["bench"], (*EVENTS, "data: {}", ""), "is no chunk: '{}'"),
+    ],
+)
+def test_answer_of_something_else_is_one_line_and_status_1(
+    command: list[str], answer: tuple[str, ...], words: str
+) -> None:
+    with answering(*answer) as url:
+        result = runner.invoke(app, [*command, "--url", url], input="hello\n")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: "), result.exception
+    assert words in result.stderr.splitlines()[-1]
+
+
+def test_nothing_is_said_of_a_mix_that_was_not_told() -> None:
+    with answering(*EVENTS, CHUNK, "", "data: [DONE]", "") as url:
+        result = runner.invoke(app, ["chat", "--url", url], input="hello\n")
+    assert (result.exit_code, result.stdout) == (0, "x\n")
 
 
 def test_refusal_leaves_a_person_in_the_chat(tmp_path: Path) -> None:
@@ -145,6 +247,43 @@ def test_stacks_are_pushed_listed_shown_and_removed(keyed: LiveServer, tmp_path:
     assert shown["version"] == keyed.registry.domain("law").version
     assert json.loads(run(keyed, "stacks", "remove", "law").stdout)["status"] == "deleted"
     assert "no domain 'law'" in run(keyed, "stacks", "show", "law", status=1).stderr
+
+
+@pytest.mark.parametrize("name", ["math#old", "math?x=1", "math/../math", "math/"])
+def test_name_is_taken_whole(keyed: LiveServer, name: str) -> None:
+    assert name in run(keyed, "stacks", "remove", name, status=1).stderr
+    assert name in run(keyed, "stacks", "pin", name, status=1).stderr
+    assert keyed.registry.domain("math").name == "math"
+
+
+def test_upload_shows_how_far_it_is(keyed: LiveServer, tmp_path: Path) -> None:
+    file = tmp_path / "law.safetensors"
+    write_random_stack(file, tiny_header(domain="law"), seed=1)
+    with Terminal(
+        sys.executable, "-m", "server.cli", "stacks", "push", "law", str(file), "--url", keyed.url
+    ) as terminal:
+        terminal.wait_for(f"{file.stat().st_size / 1000:.1f}/{file.stat().st_size / 1000:.1f} kB", behind=file.name)
+        terminal.wait_for('"name": "law"')
+        assert terminal.status() == 0
+
+
+def test_upload_tells_of_every_byte(keyed: LiveServer, tmp_path: Path) -> None:
+    file = tmp_path / "big.safetensors"
+    file.write_bytes(b"x" * 2_500_000)
+    sent: list[int] = []
+    with ServerClient(keyed.url, admin_key=ADMIN_KEY) as client:
+        client.upload(file, sent.append)
+    assert len(sent) > 1
+    assert sum(sent) == 2_500_000
+
+
+def test_administrator_waits_as_long_as_it_takes(keyed: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.client.TIMEOUT", httpx.Timeout(5.0, read=0.05))
+    keyed.may_load.clear()
+    opens = threading.Timer(0.5, keyed.may_load.set)
+    opens.start()
+    assert json.loads(run(keyed, "stacks", "pin", "math").stdout)["pinned"] is True
+    opens.join()
 
 
 def test_domain_and_router_of_a_store_are_pushed(keyed: LiveServer, tmp_path: Path) -> None:
@@ -214,10 +353,22 @@ def test_bench_has_one_client_unless_told_otherwise(server: LiveServer) -> None:
     assert figures["load"] == {"clients": 1}
 
 
+def test_bench_asks_what_no_other_run_asked_unless_it_has_the_same_seed(server: LiveServer) -> None:
+    seeds = []
+    for options in ([], [], ["--seed", "3"], ["--seed", "3"]):
+        result = run(server, "bench", "--requests", "2", "--max-tokens", "1", "--json", *options)
+        seeds.append(json.loads(result.stdout)["seed"])
+    assert seeds[2:] == [3, 3]
+    asked = [tuple(request.prompt_ids) for request in server.engine.submitted]
+    runs = [set(asked[begin : begin + 2]) for begin in range(0, 8, 2)]
+    assert not runs[0] & runs[1]
+    assert runs[2] == runs[3]
+
+
 def test_bench_asks_at_a_rate_whatever_the_answers_take(server: LiveServer) -> None:
     result = run(server, "bench", "--requests", "6", "--rate", "40", "--max-tokens", "3", "--json", "--prompt", "hello")
     figures = json.loads(result.stdout)
-    assert figures["load"] == {"rate": 40.0, "seed": 0}
+    assert figures["load"] == {"rate": 40.0}
     assert figures["answered"] == 6
     assert figures["routes"]["router"]["first_token_seconds"]["p99"] > 0
 

@@ -8,7 +8,7 @@ import pytest
 from server.bench import BenchPlan, Refusal, Route, Sample, arrivals, figures_of
 
 ROUTES = [Route("math=1", {"math": 1.0}), Route("base", {})]
-PLAN = BenchPlan("http://x", None, 3, "hello", 32, 11, ROUTES, clients=1, rate=None)
+PLAN = BenchPlan("http://x", None, 3, "hello", 32, 11, ROUTES, clients=1, rate=None, seed=7)
 
 
 def test_figures_follow_from_the_samples() -> None:
@@ -18,7 +18,7 @@ def test_figures_follow_from_the_samples() -> None:
         Refusal("math=1", 429),
     ]
     figures = figures_of(PLAN, answers, seconds=5.0)
-    assert figures["load"] == {"clients": 1}
+    assert (figures["load"], figures["seed"]) == ({"clients": 1}, 7)
     assert figures["tokens_per_second"] == 4.4
     assert figures["requests_per_second"] == 0.4
     assert (figures["prompt_tokens"], figures["cached_tokens"]) == (60, 20)

@@ -1,18 +1,22 @@
 """The command line: quick help, clear errors, checks without a server."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import typer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from server.cli import app
+from server.cli_shared import address
 from server.cli_stacks import stacks_app
 from server.terminal_chat import describe_report
 from tests.fakes import tiny_header, write_random_stack
+
+DEMO_STORE = Path(__file__).parents[3] / "demo" / "store"
 
 runner = CliRunner()
 
@@ -51,6 +55,56 @@ def test_absent_server_is_one_line_and_status_1(arguments: list[str]) -> None:
     result = runner.invoke(app, [*arguments, "--url", "http://127.0.0.1:9"], input="hello\n")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("error: http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["stacks", "push", "law", "/etc", "/etc"], "Is a directory: '/etc'"),
+        (["chat", "--temperature", "nan"], "not JSON compliant"),
+        (["route", "caf\udce9"], "surrogates not allowed"),
+        (["route", "hello", "--api-key", "schl\u00fcssel"], "a key has characters that are not ASCII"),
+        (["bench", "--api-key", "schl\u00fcssel"], "a key has characters that are not ASCII"),
+        (["stacks", "list", "--admin-key", "schl\u00fcssel"], "a key has characters that are not ASCII"),
+        (["bench", "--prompt", "caf\udce9"], "surrogates not allowed"),
+    ],
+)
+def test_what_cannot_be_sent_is_one_line_and_status_1(arguments: list[str], words: str) -> None:
+    require_one_line(runner.invoke(app, [*arguments, "--url", "http://127.0.0.1:9"], input="hello\n"), words)
+
+
+def test_input_that_is_no_text_is_one_line_and_status_1() -> None:
+    require_one_line(runner.invoke(app, ["chat"], input=b"caf\xe9\n"), "the input is not utf-8")
+
+
+@pytest.mark.parametrize("command", [["route", "hello"], ["bench"]])
+def test_address_that_is_none_is_one_line_and_status_1(command: list[str]) -> None:
+    require_one_line(runner.invoke(app, [*command, "--url", "http://[::1"]), "address 'http://[::1'")
+
+
+def test_store_without_its_file_is_one_line_and_status_1(tmp_path: Path) -> None:
+    shutil.copy(DEMO_STORE / "manifest.json", tmp_path)
+    require_one_line(runner.invoke(app, ["stacks", "push", "math", str(tmp_path)]), f"'{tmp_path}/domains/math/1-")
+
+
+def require_one_line(result: Result, words: str) -> None:
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: "), result.exception
+    assert words in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("localhost", "http://localhost:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("fe80::1", "http://[fe80::1]:8000"),
+    ],
+)
+def test_server_of_the_settings_is_asked_where_it_can_be(monkeypatch: pytest.MonkeyPatch, host: str, url: str) -> None:
+    monkeypatch.setenv("BRAINSTACKS_SERVER__HOST", host)
+    assert address(None, None).url == url
 
 
 def test_bad_setting_is_one_line_and_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
