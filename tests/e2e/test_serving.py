@@ -151,7 +151,7 @@ def test_a_domain_comes_and_goes_while_requests_run_and_survives_a_restart(tmp_p
         assert ask(server, MATH, model=f"{name}:math")[0] == before
         running.join(timeout=120)
 
-        whole, _ = ask(server, MATH, tokens=100, model=f"{name}:math", ignore_eos=True)
+        whole, _ = ask(server, MATH, tokens=50, model=f"{name}:math", ignore_eos=True)
         pieces: list[str] = []
         started = threading.Event()
 
@@ -159,7 +159,7 @@ def test_a_domain_comes_and_goes_while_requests_run_and_survives_a_restart(tmp_p
             answer = server.openai.chat.completions.create(
                 model=f"{name}:math",
                 messages=[{"role": "user", "content": MATH}],
-                max_tokens=100,
+                max_tokens=50,
                 temperature=0,
                 stream=True,
                 extra_body={"ignore_eos": True},
@@ -197,19 +197,18 @@ def test_a_budget_of_two_domains_serves_five_with_the_same_answers_in_flat_memor
     shutil.copytree(DEMO_STORE, tmp_path / "store")
     with ServerProcess(tmp_path / "store", tmp_path / "log", store__device_budget_bytes=budget) as small:
         memory = []
-        for turn in range(200):
+        for turn in range(100):
             domain = DOMAINS[turn % len(DOMAINS)]
-            tokens = 12 if turn < 10 or turn >= 190 else 2
+            tokens = 12 if turn < 10 or turn >= 90 else 2
             text, extension = ask(small, MEDICAL, tokens=tokens, model=f"{name}:{domain}")
             assert list(extension["mix"]) == [domain]
             if tokens == 12:
                 assert text == expected[domain]
             assert small.metric("brainstacks_stack_cache_resident_bytes", tier="device") <= budget
             memory.append(small.resident_memory_bytes())
-        assert small.metric("brainstacks_stack_cache_evictions_total", tier="device") >= 190
-        assert small.metric("brainstacks_stack_load_seconds_count") >= 190
-        settled = memory[50:100]
-        assert max(memory[150:]) < 1.05 * max(settled)
+        assert small.metric("brainstacks_stack_cache_evictions_total", tier="device") >= 90
+        assert small.metric("brainstacks_stack_load_seconds_count") >= 90
+        assert max(memory[75:]) < 1.05 * max(memory[25:50])
         assert small.stop() == 0
 
 
