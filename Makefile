@@ -18,7 +18,7 @@ serve: $(INSTALLED)
 test: $(DEV_INSTALLED) compiled-kernels
 	$(TEST_ENV) $(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(ARGS)
 
-# Once, and not in each of these processes.
+# The kernels of the fused step, once instead of in each process of the tests.
 compiled-kernels: $(DEV_INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m tests.compile_fused_kernels
 

@@ -8,19 +8,22 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("float32", "bfloat16")
 
 
-def compile_for(dtype: str) -> None:
+def compile_for(dtype: Any) -> None:
     """By an engine of a tiny base: all architectures share their kernels."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from engine.engine import Engine
     from engine.model.base import load_base
     from engine.slots import prepare_loads
     from tests.tiny_bases import make_llama
 
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     prepare_loads(getattr(torch, dtype))
     with tempfile.TemporaryDirectory() as folder:
         base = load_base(str(make_llama(Path(folder) / "base")), base_format="dense", dtype=dtype)
