@@ -197,18 +197,18 @@ def test_a_budget_of_two_domains_serves_five_with_the_same_answers_in_flat_memor
     shutil.copytree(DEMO_STORE, tmp_path / "store")
     with ServerProcess(tmp_path / "store", tmp_path / "log", store__device_budget_bytes=budget) as small:
         memory = []
-        for turn in range(100):
+        for turn in range(60):
             domain = DOMAINS[turn % len(DOMAINS)]
-            tokens = 12 if turn < 10 or turn >= 90 else 2
+            tokens = 12 if turn < 5 or turn >= 55 else 2
             text, extension = ask(small, MEDICAL, tokens=tokens, model=f"{name}:{domain}")
             assert list(extension["mix"]) == [domain]
             if tokens == 12:
                 assert text == expected[domain]
             assert small.metric("brainstacks_stack_cache_resident_bytes", tier="device") <= budget
             memory.append(small.resident_memory_bytes())
-        assert small.metric("brainstacks_stack_cache_evictions_total", tier="device") >= 90
-        assert small.metric("brainstacks_stack_load_seconds_count") >= 90
-        assert max(memory[75:]) < 1.05 * max(memory[25:50])
+        assert small.metric("brainstacks_stack_cache_evictions_total", tier="device") >= 50
+        assert small.metric("brainstacks_stack_load_seconds_count") >= 50
+        assert max(memory[45:]) < 1.05 * max(memory[15:30])
         assert small.stop() == 0
 
 

@@ -251,7 +251,9 @@ def test_a_read_waits_neither_for_a_full_batch_nor_for_prompts(tiny_base_folder:
             read = client.engine.read(list(range(8)), 1)
             first_steps = client.engine.snapshot().steps
         read.result(timeout=60)
-        assert client.engine.snapshot().steps - first_steps <= 5  # half of each step's four tokens
+        assert (
+            client.engine.snapshot().steps - first_steps <= 8
+        )  # of four tokens, of which it has half; the prompts take 160
         assert all(collect(stream).error is None for stream in streams)
 
 

@@ -194,5 +194,5 @@ def test_damage_is_found_in_the_background_told_once_and_heals(
         wait_until(lambda: server.metric("brainstacks_stack_integrity_damaged_files") == 0, what="it is good again")
         told = [r.levelname for r in caplog.records if "registered file damaged" in r.getMessage()]
         assert told == ["ERROR"]
-        assert "registered file good again" in caplog.text
+        wait_until(lambda: "registered file good again" in caplog.text, what="it is told")
     assert not [thread.name for thread in threading.enumerate() if thread.name == "integrity"]
