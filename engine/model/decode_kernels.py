@@ -148,7 +148,7 @@ def _choose_kernel(
     if (address == 0) | (choice >= top_k):
         return
     ranks_of_all = num_experts * rank
-    # The compiler cannot know how an address out of memory is aligned; a stack's memory is (slot_memory.py).
+    # The compiler cannot know how an address out of memory is aligned; torch's allocator aligns a stack's memory.
     a = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16) + ranks_of_all * rank_rows + num_experts * expert_rows
     a += projection * (ranks_of_all + num_experts) * num_in
     gates = a + ranks_of_all * num_in
