@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from http.client import HTTPResponse
 from urllib.parse import urlsplit
 
+from tests.integration.server.test_lifecycle import num_499
 from tests.servers import WAIT_SECONDS, LiveServer, wait_until
 
 CHAT = {"messages": [{"role": "user", "content": "math=0.9"}]}
@@ -31,11 +32,6 @@ def answer_of(connection: socket.socket) -> HTTPResponse:
     response = HTTPResponse(connection)
     response.begin()
     return response
-
-
-def num_499(server: LiveServer) -> float:
-    labels = {"endpoint": "/v1/chat/completions", "status": "499"}
-    return server.service.metrics.registry.get_sample_value("brainstacks_requests_total", labels) or 0
 
 
 def test_a_head_without_end_is_refused(server: LiveServer) -> None:

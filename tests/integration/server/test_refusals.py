@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from engine.errors import EngineFailed
+from server.schemas import SeveralPrompts, TokenIds
 from tests.servers import LiveServer, run_live_server, wait_until
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -75,6 +77,17 @@ def test_one_fault_of_many_is_enough(shared_server: LiveServer, path: str, body:
     """A report on each would take seconds, in which nobody is answered."""
     error = refuse(shared_server, path, body, 400)
     assert (error["param"], error["message"].count(";") < 2) == (param, True)
+
+
+def test_a_list_is_left_at_its_first_fault() -> None:
+    """Also those of which a union tells one sentence only."""
+    with pytest.raises(ValidationError) as error:
+        TypeAdapter(TokenIds).validate_python([1] + [-1] * 1000)
+    assert error.value.error_count() == 1
+    several = Annotated[list[TokenIds], SeveralPrompts]
+    with pytest.raises(ValidationError) as error:
+        TypeAdapter(several).validate_python([[-1]] * 1000)
+    assert error.value.error_count() == 1
 
 
 def test_more_messages_than_the_context_has_tokens_are_refused_unread(shared_server: LiveServer) -> None:
