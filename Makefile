@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.dev-installed
+# Where this is set, every one of the many processes would compile all packages again: a server's start took twice as long.
+export PYTHONDONTWRITEBYTECODE :=
 # Two processes run the tests side by side, each file in one of them; waiting threads must not spin.
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
 TEST_WORKERS ?= 2
