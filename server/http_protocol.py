@@ -1,13 +1,14 @@
 """uvicorn's HTTP/1.1 on httptools, with bounds that it lacks. Knows bytes of a connection, no app.
 
-The head of a request may have 64 KiB, where httptools takes any number of headers of any length. And one request is
-answered at a time: uvicorn stops to read while a second one waits, so that nobody would notice that the client of the
-first has hung up. What comes before an answer is complete is not read, and the connection closes behind that answer,
-so that the client asks again on another one, as RFC 9112 (9.3.2) has it.
+What comes beside a body (the head of a request, the framing of chunks, trailers) may have 64 KiB, where httptools takes
+any number of headers of any length. And one request is answered at a time: uvicorn stops to read while a second one
+waits, so that nobody would notice that the client of the first has hung up. What comes before an answer is complete is
+not read, and the connection closes behind that answer, so that the client asks again on another one, as RFC 9112
+(9.3.2) has it.
 """
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -16,7 +17,9 @@ from server.error_responses import error_body
 
 logger = logging.getLogger(__name__)
 
-MAX_HEAD_BYTES = 65_536  # more only where it comes, with its end, in one piece
+MAX_HEAD_BYTES = 65_536  # more only where it comes, with its end, in one piece, or begins behind another request's end
+
+Part = Literal["head", "behind the head", "refused"]
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -24,43 +27,54 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._is_in_head = True
-        self._head_bytes = 0
-        self._is_refusing = False
+        self._part: Part = "head"
+        self._bytes_beside_body = 0
+        self._has_moved = False  # into, within or out of a body, in the piece that is parsed
 
     def data_received(self, data: bytes) -> None:
         """May be any part of requests."""
         if self._is_answering and not self.cycle.more_body:
             self._refuse_another(data)
             return
+        self._has_moved = False
         super().data_received(data)
-        if self._is_in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                self._refuse_head()
+        self._bytes_beside_body = 0 if self._has_moved else self._bytes_beside_body + len(data)
+        if self.transport.is_closing():
+            return
+        if self._bytes_beside_body > MAX_HEAD_BYTES:
+            self._refuse_head()
+        elif not self._is_answering:
+            self._wait_for_more()
 
     def on_message_begin(self) -> None:
         """Called by the parser."""
-        self._is_in_head, self._head_bytes = True, 0
+        self._part, self._bytes_beside_body = "head", 0
         super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser, also for trailers, of which none is known here."""
+        if self._part == "head":
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Called by the parser."""
-        self._is_in_head = False
-        self._is_refusing = self._is_answering
-        if self._is_refusing:
+        self._has_moved = True
+        if self._is_answering:
+            self._part = "refused"
             self.cycle.keep_alive = False
         else:
+            self._part = "behind the head"
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Called by the parser."""
-        if not self._is_refusing:
+        self._has_moved = True
+        if self._part != "refused":
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
-        if not self._is_refusing:
+        if self._part != "refused":
             super().on_message_complete()
 
     @property
@@ -68,11 +82,21 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse_another(self, data: bytes) -> None:
-        if data.strip():  # some clients end a body with a line break that does not belong to it
+        # Some clients end a body with a line break that does not belong to it; a head that has begun is another request.
+        if self._part == "head" or data.strip():
             self.cycle.keep_alive = False
 
+    def _wait_for_more(self) -> None:
+        """As long as for a request: every piece of one ends the wait that uvicorn began."""
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
     def _refuse_head(self) -> None:
-        logger.warning("request refused status=431 bytes=%d", self._head_bytes)
+        if self._part != "head":  # trailers or the framing of chunks: this request has its answer, or gets none
+            logger.warning("connection closed reason='no body' bytes=%d", self._bytes_beside_body)
+            self.transport.close()
+            return
+        logger.warning("request refused status=431 bytes=%d", self._bytes_beside_body)
         message = f"the request line and headers have more than {MAX_HEAD_BYTES} bytes"
         body = orjson.dumps(error_body(message, status=431, code="headers_too_large"))
         lines = (

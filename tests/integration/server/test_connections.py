@@ -5,10 +5,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPResponse
+from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
+
 from tests.integration.server.test_lifecycle import num_499
-from tests.servers import WAIT_SECONDS, LiveServer, wait_until
+from tests.servers import WAIT_SECONDS, LiveServer, run_live_server, wait_until
 
 CHAT = {"messages": [{"role": "user", "content": "math=0.9"}]}
 
@@ -86,3 +89,53 @@ def test_who_hangs_up_before_the_end_of_the_body_is_counted_as_gone(server: Live
         connection.sendall(request_of("/v1/chat/completions", CHAT, length=10_000))
     wait_until(lambda: num_499(server) == 1, what="the request has ended")
     assert server.engine.submitted == []
+
+
+def test_trailers_without_end_close_the_connection_and_are_not_kept(server: LiveServer) -> None:
+    """Behind an answer that did not wait for the body."""
+    head = b"PUT /admin/domains/math HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    with connected(server) as connection:
+        connection.sendall(head + b"1\r\nx\r\n0\r\n")
+        assert answer_of(connection).status == 401
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):
+                connection.sendall(b"x: " + b"y" * 9_995 + b"\r\n")
+
+
+def test_a_body_in_many_small_chunks_is_read(server: LiveServer) -> None:
+    """Their framing is longer than a head may be."""
+    content = json.dumps(CHAT | {"user": "x" * 30_000}).encode()
+    chunks = [b"1;an-extension\r\n" + content[i : i + 1] + b"\r\n" for i in range(len(content))]
+    with connected(server) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n")
+        connection.sendall(b"content-type: application/json\r\n\r\n")
+        connection.sendall(b"".join(chunks) + b"0\r\nx-trailer: unread\r\n\r\n")
+        assert answer_of(connection).status == 200
+
+
+def test_a_long_body_and_the_next_head_in_one_piece_leave_the_answer_whole(server: LiveServer) -> None:
+    server.engine.may_decode.clear()
+    first = request_of("/v1/chat/completions", CHAT | {"user": "x" * 70_000})
+    with connected(server) as connection:
+        connection.sendall(first + b"GET /health/live HTTP/1.1\r\nhost: x\r\n")
+        wait_until(lambda: server.engine.num_sent() == 1, what="the first request decodes")
+        connection.sendall(b"\r\n")  # the end of the second head
+        server.engine.may_decode.set()
+        answer = answer_of(connection)
+        assert (answer.status, json.loads(answer.read())["object"]) == (200, "chat.completion")
+        assert connection.recv(1) == b""
+
+
+def test_who_falls_silent_within_a_request_is_not_waited_for(tmp_path: Path) -> None:
+    """Neither behind an answer that did not wait for the body, nor within a head."""
+    refused = b"PUT /admin/domains/math HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nxx"
+    settings = {"server": {"admin_key": "key", "keep_alive_seconds": 1}}
+    with run_live_server(tmp_path, settings=settings) as server:
+        with connected(server) as connection:
+            connection.sendall(refused)
+            assert answer_of(connection).status == 401
+            connection.sendall(b"x")
+            assert connection.recv(1) == b""
+        with connected(server) as connection:
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: ")
+            assert connection.recv(1) == b""
