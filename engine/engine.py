@@ -75,8 +75,10 @@ class _Job(Generic[T]):
             return
         try:
             self.result.set_result(self.work())
-        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the caller, not to the loop
+        except BaseException as error:
             self.result.set_exception(error)
+            if not isinstance(error, Exception):  # which belongs to the caller alone
+                raise
 
     def refuse(self, reason: Exception) -> None:
         """Settles the future without running the work."""
@@ -149,6 +151,7 @@ class Engine:
         self._admission = threading.Lock()  # nothing is put behind the last drain
         self._alive_at = time.monotonic()
         self._steps = 0
+        self._checked_steps = 0
         self._snapshot = EngineSnapshot(0, 0, 0.0, 0, 0)
 
     @property
@@ -271,10 +274,19 @@ class Engine:
         with self._admission:
             self._end = reason
             self._stopping.set()
-        self._take_commands()
+        self._refuse_commands(reason)
+        self._tell_all(reason)
+
+    def _refuse_commands(self, reason: EngineError) -> None:
+        """Tells everybody who is on the way. Nothing is handled any more: that may fail, and nobody hear of it."""
+        while not self._commands.empty():
+            match self._commands.get():
+                case _Submit(sequence):
+                    sequence.on_event(FailedEvent(reason))
+                case _Job() as job:
+                    job.refuse(reason)
         for job in self._jobs:
             job.refuse(reason)
-        self._fail_all(reason)
 
     def _take_commands(self) -> None:
         """Handles every command there is; waits for the first if there is nothing to run."""
@@ -283,6 +295,7 @@ class Engine:
             try:
                 self._handle(self._commands.get(timeout=IDLE_WAIT_SECONDS))
             except queue.Empty:
+                self._check_integrity()
                 return
         while True:
             try:
@@ -353,8 +366,9 @@ class Engine:
         sequence.states.append((mid, last))
         if sequence.num_pending == 0:
             mids, lasts = zip(*sequence.states, strict=True)
+            event = StatesEvent(torch.cat(mids), torch.cat(lasts))
             self._forget(sequence)
-            sequence.on_event(StatesEvent(torch.cat(mids), torch.cat(lasts)))
+            sequence.on_event(event)
 
     def _sample(self, output: StepOutput) -> None:
         """Extends every sampled sequence by one token, unless it wants none."""
@@ -390,28 +404,40 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Lets go of everything that a sequence holds and sends its last events."""
+        has_rest = reason != "cancelled" and not sequence.detokenizer.stopped
+        rest = sequence.detokenizer.finish() if has_rest else None
+        finished = sequence.finished(reason)
         self._forget(sequence)
-        if reason != "cancelled" and not sequence.detokenizer.stopped:
-            event = sequence.detokenizer.finish()
-            if event is not None:
-                sequence.on_event(event)
-        sequence.on_event(sequence.finished(reason))
+        if rest is not None:
+            sequence.on_event(rest)
+        sequence.on_event(finished)
 
     def _fail_all(self, error: Exception) -> None:
         """Everybody is told before anything is let go of, because that may fail too where a step has."""
+        for sequence in self._tell_all(error):
+            self._forget(sequence)
+        self._check_integrity()
+
+    def _tell_all(self, error: Exception) -> list[Sequence]:
+        """Ends every sequence for its caller, and returns those that were."""
         failed = list(self._sequences.values())
         self._sequences.clear()
         for sequence in failed:
             sequence.on_event(FailedEvent(error))
-        for sequence in failed:
-            self._forget(sequence)
+        return failed
 
     def _forget(self, sequence: Sequence) -> None:
+        """Lets go of everything that a sequence holds. If that fails it is still known, and will be told."""
         self._scheduler.remove(sequence)
-        self._sequences.pop(sequence.request.request_id, None)
         if not self._scheduler.running:
             self._runner.release_pack()
+        self._sequences.pop(sequence.request.request_id, None)
+
+    def _check_integrity(self) -> None:
+        """While nobody waits: it walks through the whole cache. Once after the latest step."""
+        if self._checked_steps != self._steps:
             self._scheduler.check_integrity()
+            self._checked_steps = self._steps
 
     def _beat(self) -> None:
         self._alive_at = time.monotonic()

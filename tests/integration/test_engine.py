@@ -470,6 +470,37 @@ def test_a_panic_ends_the_engine_and_tells_everybody(
         wait_until(lambda: math.isinf(client.engine.heartbeat_age_seconds()), what="the engine has ended")
 
 
+def test_a_panic_of_a_job_reaches_its_caller_and_ends_the_engine(tiny_base_folder: Callable[[str], Path]) -> None:
+    class Panic(BaseException): ...
+
+    def panic() -> NoReturn:
+        raise Panic("called unwrap on a None")
+
+    with running_engine(tiny_base_folder("llama")) as client:
+        with pytest.raises(Panic):
+            client.engine.run_on_device(panic).result(timeout=60)
+        wait_until(lambda: math.isinf(client.engine.heartbeat_age_seconds()), what="the engine has ended")
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+def test_whatever_cannot_be_let_go_of_is_told_all_the_same(
+    tiny_base_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, is_cancelled: bool
+) -> None:
+    """And so are those that are on the way."""
+    with running_engine(tiny_base_folder("llama")) as client:
+        name, events = client.submit(PROMPTS[0], greedy(100 if is_cancelled else 20))
+        events.get(timeout=60)
+
+        def fail() -> NoReturn:
+            raise RuntimeError("device lost")
+
+        monkeypatch.setattr(client.engine._runner, "release_pack", fail)
+        if is_cancelled:
+            client.engine.cancel(name)
+        assert isinstance(collect(events).error, EngineFailed)
+        wait_until(lambda: math.isinf(client.engine.heartbeat_age_seconds()), what="the engine has ended")
+
+
 def test_what_does_not_fit_is_refused_with_the_numbers(llama: Client) -> None:
     with pytest.raises(PromptTooLong, match=r"3 prompt tokens and max_tokens 126 exceed the context of 128"):
         llama.submit(PROMPTS[0], greedy(126))
