@@ -10,11 +10,11 @@ class Admission:
         self.limit = limit
         self.admitted = 0
 
-    def admit(self, count: int) -> "Ticket":
-        """QueueFull when the house is full; InvalidRequest for a request that could never come in."""
+    def admit(self, count: int, *, asked_by: str = "n") -> "Ticket":
+        """QueueFull when the house is full; InvalidRequest, of the field, for a request that could never come in."""
         if count > self.limit:
             raise InvalidRequest(
-                f"the request asks for {count} sequences at once, this server takes {self.limit}", param="n"
+                f"the request asks for {count} sequences at once, this server takes {self.limit}", param=asked_by
             )
         if self.admitted + count > self.limit:
             raise QueueFull(

@@ -82,7 +82,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse_another(self, data: bytes) -> None:
-        # Some clients end a body with a line break that does not belong to it; a head that has begun is another request.
+        # Some clients end a body with a line break that does not belong to it; within a head, it belongs to that.
         if self._part == "head" or data.strip():
             self.cycle.keep_alive = False
 

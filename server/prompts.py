@@ -20,6 +20,7 @@ from server.tool_turns import describe, plain_turns, template_knows_tools, templ
 LONG_TEXT_CHARACTERS = 8192
 LONG_CHAT_MESSAGES = 64
 LONG_TOKENS = 4096
+SHRINKAGE = 4  # no tokenizer's normalisation makes a text shorter by more
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class PromptReader:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self._vocabulary_size = min(len(tokenizer), vocabulary_size or len(tokenizer))
+        self._max_characters = SHRINKAGE * max_model_len * max(map(len, tokenizer.get_vocab()))
         self._template_knows_tools = template_knows_tools(tokenizer)
 
     async def read_chat(
@@ -64,14 +66,18 @@ class PromptReader:
         earlier = user_texts(messages)[:-1]
         return Prompt(token_ids, last_user_text(messages), earlier[-1] if earlier else None)
 
-    async def read_text(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> Prompt:
-        """A bare text or its token ids, without a template."""
-        if isinstance(prompt, str):
-            return Prompt(await self.encode(prompt, add_special_tokens=add_special_tokens), prompt)
-        self._check_ids(prompt, param="prompt")
-        if len(prompt) > self.max_model_len:
-            raise self._too_long(f"{len(prompt)} in the prompt", param="prompt")
-        return Prompt(tuple(prompt), await self.decode_long(prompt, skip_special_tokens=True))
+    async def read_texts(
+        self, prompts: Sequence[str | Sequence[int]], *, add_special_tokens: bool = True
+    ) -> list[Prompt]:
+        """Bare texts or their token ids, without a template; off the event loop when they are long together."""
+        read = partial(self._read_texts, prompts, add_special_tokens)
+        return await asyncio.to_thread(read) if sum(map(len, prompts)) > LONG_TOKENS else read()
+
+    def check_length(self, texts: Sequence[str], *, param: str) -> None:
+        """ContextTooLong for a text that cannot fit, however it is tokenized, which would take seconds."""
+        longest = max(map(len, texts), default=0)
+        if longest > self._max_characters:
+            raise self._too_long(f"{longest} characters in the {param}", param=param)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Text -> token ids, off the event loop when it is long."""
@@ -134,6 +140,20 @@ class PromptReader:
     def _check_ids(self, token_ids: Sequence[int], *, param: str) -> None:
         for token_id in {min(token_ids, default=0), max(token_ids, default=0)}:
             self.check_token_id(token_id, param=param)
+
+    def _read_texts(self, prompts: Sequence[str | Sequence[int]], add_special_tokens: bool) -> list[Prompt]:
+        return [
+            Prompt(self._encode(prompt, add_special_tokens), prompt)
+            if isinstance(prompt, str)
+            else self._read_ids(prompt)
+            for prompt in prompts
+        ]
+
+    def _read_ids(self, prompt: Sequence[int]) -> Prompt:
+        self._check_ids(prompt, param="prompt")
+        if len(prompt) > self.max_model_len:
+            raise self._too_long(f"{len(prompt)} in the prompt", param="prompt")
+        return Prompt(tuple(prompt), self.decode(prompt, skip_special_tokens=True))
 
     def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)

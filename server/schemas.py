@@ -18,6 +18,7 @@ MAX_CHOICES = 128
 MAX_PROMPTS = 2048
 MAX_PROMPT_IDS = 2**20  # bounds the work on what no context holds
 MAX_BIASES = 1024  # every step of the request looks at all of them
+MAX_TURNS = 8192  # messages, their parts and calls together; checking them holds up the event loop
 MAX_MIX_DOMAINS = 4096
 MAX_STOP_CHARACTERS = 1000
 
@@ -101,6 +102,28 @@ class Message(BaseModel):
         if self.role == "tool" and self.tool_call_id is None:
             raise PydanticCustomError("invalid", "tool_call_id is missing on a message of a tool")
         return self
+
+
+def _count(value: object) -> int:
+    return len(value) if isinstance(value, list) else 0
+
+
+def _few_turns(messages: object) -> object:
+    """Counted before any of them is looked at."""
+    num_turns = _count(messages)
+    if num_turns <= MAX_TURNS and isinstance(messages, list):
+        asked = [message for message in messages if isinstance(message, dict)]
+        num_turns += sum(_count(one.get("content")) + _count(one.get("tool_calls")) for one in asked)
+    if num_turns > MAX_TURNS:
+        raise PydanticCustomError(
+            "too_long",
+            "must have at most {most} messages, content parts and tool calls together, not {count}",
+            {"most": MAX_TURNS, "count": num_turns},
+        )
+    return messages
+
+
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(_few_turns)]
 
 
 class StreamOptions(BaseModel):
@@ -190,7 +213,7 @@ class SamplingFields(BaseModel):
 class ChatCompletionRequest(SamplingFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -275,7 +298,7 @@ class PromptOrMessages(BaseModel):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Messages | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 from engine.grammar import GrammarCompiler
 from engine.types import SamplingParams
@@ -88,17 +89,18 @@ class Service:
         self.catalog.weights_of(choice, {})  # names an unknown domain before anything is spent on the request
         return choice
 
-    async def begin(self, num_sequences: int, read: Callable[[], Awaitable[Job]]) -> Generation:
+    async def begin(self, num_sequences: int, read: Callable[[], Awaitable[Job]], *, asked_by: str = "n") -> Generation:
         """A generation whose first prompt is in the engine; the caller closes it. Cancellable at every point.
 
-        The job that `read` makes has so many sequences. They are admitted before it is read, which is work too.
+        The job that `read` makes has so many sequences, which the field `asked_by` asks for. They are admitted before
+        it is read, which is work too.
         """
         meter = RequestMeter(self.metrics)
         with ExitStack() as undo:
-            ticket = undo.enter_context(self.admission.admit(num_sequences))
+            ticket = undo.enter_context(self.admission.admit(num_sequences, asked_by=asked_by))
             with phase("read"):
                 job = await read()
-            plans = await asyncio.gather(*(self._plan(job, prompt) for prompt in range(len(job.prompts))))
+            plans = await _all_or_none(self._plan(job, prompt) for prompt in range(len(job.prompts)))
             generation = Generation(self._parts, plans, ticket=ticket, meter=meter)
             undo.callback(generation.close)
             await generation.begin()
@@ -144,6 +146,17 @@ class Service:
         self.metrics.capability_gap.inc()
         if self._gap_log is not None and (unknown := self.routing.first_gap(text)) is not None:
             self._gap_log.keep(unknown, route.scores)
+
+
+async def _all_or_none(plans: Iterable[Coroutine[Any, Any, PromptPlan]]) -> list[PromptPlan]:
+    """Every plan; none of them goes on when one has failed."""
+    tasks = [asyncio.ensure_future(plan) for plan in plans]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _with_seeds(sampling: SamplingParams, count: int) -> Sequence[SamplingParams]:

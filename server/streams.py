@@ -5,15 +5,17 @@ prompt carries the `brainstacks` extension. Then, only if asked for, a chunk of 
 headers is an event of its own and ends the stream.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.types import FinishedEvent, PromptEvent, TokensEvent
-from server.answers import AnswerShape, Json, mix_report, usage
+from server.answers import AnswerShape, Json, is_long, mix_report, usage
 from server.boundary import RequestRecord
 from server.disconnect import LAST_SENDS_SECONDS, run_for_client, send_last
 from server.error_responses import event_of
@@ -92,7 +94,8 @@ class AnswerStream(Response):
             report: Json = {}
             choices: Sequence[Json] = ()
             if isinstance(event, PromptEvent):
-                choice = self._shape.prompt(index, event)
+                shape = partial(self._shape.prompt, index, event)
+                choice = await asyncio.to_thread(shape) if is_long(event.prompt_logprobs) else shape()
                 choices = () if choice is None else (choice,)
             elif isinstance(event, TokensEvent):
                 written += len(event.token_ids)

@@ -22,9 +22,10 @@ CALL_END = "}\n</tool_call>"
 JSON_BEGINS = tuple('{["')  # with what can hold the mark of a call
 
 
-def write_call(name: str, arguments: Mapping[str, Any]) -> str:
-    """A call as the model writes it."""
-    return f"{CALL_BEGIN}{name}{NAME_END}{json.dumps(arguments, ensure_ascii=False)}{CALL_END}"
+def write_call(name: str, arguments: Mapping[str, Any] | str) -> str:
+    """A call as the model writes it; arguments that are a text stand as they are."""
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return f"{CALL_BEGIN}{name}{NAME_END}{written}{CALL_END}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,33 +94,37 @@ ToolChoice = Annotated[
 ]
 
 
-def _object_as_text(value: str) -> str:
-    """Clients send back what they were given; a call without arguments may be an empty text."""
+def _read_arguments(text: str) -> dict[str, Any] | str:
+    """The object that a text says, or the text where it says none, as that of a call that was cut off.
+
+    A call without arguments may be an empty text.
+    """
     try:
-        arguments = json.loads(value or "{}")
+        arguments = json.loads(text or "{}")
         json.dumps(arguments, ensure_ascii=False).encode()  # escapes can say half a surrogate pair
     except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise PydanticCustomError("invalid", "must be a JSON object, written as a string")
-    if is_deeper(arguments, MAX_DEPTH):
+        return text
+    return arguments if isinstance(arguments, dict) else text
+
+
+def _not_too_deep(text: str) -> str:
+    if is_deeper(_read_arguments(text), MAX_DEPTH):
         raise PydanticCustomError("invalid", f"must not be nested deeper than {MAX_DEPTH} levels")
-    return value
+    return text
 
 
 class CalledFunction(BaseModel):
-    """The function of a call, and its arguments as the model wrote them."""
+    """The function of a call, and its arguments as the model wrote them: clients send back what they were given."""
 
     model_config = ConfigDict(strict=True)
 
     name: Name
-    arguments: Annotated[Text, AfterValidator(_object_as_text)]
+    arguments: Annotated[Text, AfterValidator(_not_too_deep)]
 
     @property
-    def values(self) -> dict[str, Any]:
-        """The arguments, read."""
-        values: dict[str, Any] = json.loads(self.arguments or "{}")
-        return values
+    def values(self) -> dict[str, Any] | str:
+        """The arguments, read; as they were written where they are no JSON object."""
+        return _read_arguments(self.arguments)
 
 
 class ToolCall(OfFunction):

@@ -58,7 +58,7 @@ def describe(function: Function) -> dict[str, Any]:
 
 
 def template_turns(messages: Sequence[Message]) -> list[Turn]:
-    """The messages as templates that know tools expect them: arguments as objects, results with their function."""
+    """The messages as templates that know tools expect them: arguments as objects, if they are; results named."""
     turns = []
     names: dict[str, str] = {}
     for message in messages:

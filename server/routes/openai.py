@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.access import ApiRoute
 from server.answer_grammar import read_form
@@ -67,7 +67,9 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
             echoes=_echoes(service, body, generation) if body.echo else None,
         )
 
-    return await _answer(request, body, len(body.prompts) * (body.n or 1), read, shape_of)
+    num_prompts, num_choices = len(body.prompts), body.n or 1
+    asked_by = "n" if num_choices > 1 else "prompt"
+    return await _answer(request, body, num_prompts * num_choices, read, shape_of, asked_by=asked_by)
 
 
 @router.get("/v1/models")
@@ -120,7 +122,7 @@ async def _read(reader: PromptReader, body: TokenizeRequest) -> Prompt:
             add_special_tokens=bool(body.add_special_tokens),
         )
     add_special_tokens = True if body.add_special_tokens is None else body.add_special_tokens
-    return await reader.read_text(body.prompt or "", add_special_tokens=add_special_tokens)
+    return (await reader.read_texts([body.prompt or ""], add_special_tokens=add_special_tokens))[0]
 
 
 @router.post("/detokenize")
@@ -143,10 +145,12 @@ async def _answer(
     num_sequences: int,
     read: Callable[[], Awaitable[Job]],
     shape_of: Callable[[Generation], AnswerShape],
+    *,
+    asked_by: str = "n",
 ) -> Response:
     """Admits, reads, routes, leases, generates; all of it only as long as the client is there."""
     record, deadline = record_of(request), deadline_of(request)
-    begin = service_of(request).begin(num_sequences, read)
+    begin = service_of(request).begin(num_sequences, read, asked_by=asked_by)
     generation = await run_for_client(request.receive, begin, deadline=deadline)
     record.generation = generation
     headers = {MIX_HEADER: generation.shown_mix}
@@ -165,7 +169,7 @@ async def _answer(
                 headers=headers,
             )
         answer = await run_for_client(request.receive, collect_answer(generation, shape), deadline=deadline)
-    return JSONResponse(answer, headers={MIX_HEADER: generation.shown_mix})
+    return Response(answer, media_type="application/json", headers={MIX_HEADER: generation.shown_mix})
 
 
 def _echoes(service: Service, body: CompletionRequest, generation: Generation) -> list[EchoedPrompt]:

@@ -89,7 +89,7 @@ def test_client_who_hangs_up_while_the_text_is_read_is_never_routed(
         return encode(text, add_special_tokens)
 
     monkeypatch.setattr(server.service.reader, "_encode", read_slowly)
-    with asked(server, "math=0.9 " * 2000, stream=stream):
+    with asked(server, "math=0.9 " * 1000, stream=stream):
         wait_until(lambda: server.service.admission.admitted == 1, what="the request is admitted")
     wait_until(lambda: num_499(server) == 1, what="the request has ended")
     may_read.set()

@@ -65,8 +65,11 @@ def test_bad_value_is_named(shared_server: LiveServer, fields: dict[str, Any], p
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/v1/chat/completions", {"messages": [0] * 200_000}, "messages.0"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [0] * 200_000}]}, "messages.0.content"),
+        ("/v1/chat/completions", {"messages": [0] * 8192}, "messages.0"),
+        ("/v1/chat/completions", {"messages": [0] * 8193}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [0] * 8191}]}, "messages.0.content"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [0] * 8192}]}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "tool_calls": [0] * 8192}]}, "messages"),
         ("/v1/completions", {"prompt": [1] * 200_000 + [-1]}, "prompt"),
         ("/v1/completions", {"prompt": [[1], *[[-1]] * 2000]}, "prompt"),
         ("/v1/completions", {"prompt": ["x"] * 2049}, "prompt"),
@@ -94,6 +97,41 @@ def test_more_messages_than_the_context_has_tokens_are_refused_unread(shared_ser
     error = refuse(shared_server, "/v1/chat/completions", {"messages": MESSAGES * 401}, 400)
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
     assert "maximum context length is 400 tokens, the request has 401 messages" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 2000}]}, "messages"),
+        ("/v1/completions", {"prompt": ["x", "x" * 2000]}, "prompt"),
+    ],
+)
+def test_what_no_tokens_could_make_short_enough_is_refused_uncounted(
+    shared_server: LiveServer, path: str, body: dict[str, Any], param: str
+) -> None:
+    """The tokenizer of these tests has no token of several characters but one of seven."""
+    body = json.loads(json.dumps(body).replace("x" * 2000, "x" * (4 * 7 * 400 + 1)))
+    error = refuse(shared_server, path, body, 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+    assert "maximum context length is 400 tokens, the request has 11201 characters" in error["message"]
+    counted = refuse(shared_server, path, json.loads(json.dumps(body).replace("x" * 1200, "")), 400)
+    assert "characters" not in counted["message"]
+    with shared_server.client() as client:
+        assert client.post("/tokenize", json={"prompt": "x" * 20_000}).json()["count"] == 20_000
+
+
+def test_more_log_probabilities_than_memory_should_hold_are_refused(
+    shared_server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.jobs.MAX_ALTERNATIVES", 2 * 3 * (4 + 5) * 6)
+    body = {"prompt": ["four", "four"], "n": 3, "max_tokens": 5, "logprobs": 5, "echo": True}
+    with shared_server.client() as client:
+        assert client.post("/v1/completions", json=body).status_code == 200
+    for more in ({"prompt": ["four", "fives"]}, {"max_tokens": 6}, {"logprobs": 6}, {"n": 4}):
+        assert refuse(shared_server, "/v1/completions", body | more, 400)["param"] == "logprobs"
+    assert body.pop("logprobs")  # without them the same is fine
+    with shared_server.client() as client:
+        assert client.post("/v1/completions", json=body | {"max_tokens": 300}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -252,6 +290,7 @@ def test_too_many_prompts_are_refused_before_any_is_read(tmp_path: Path) -> None
         too_long = "x" * 500
         error = refuse(server, "/v1/completions", {"prompt": [too_long] * 3, "n": 2}, 400)
         assert (error["param"], "6 sequences" in error["message"]) == ("n", True)
+        assert refuse(server, "/v1/completions", {"prompt": [too_long] * 5}, 400)["param"] == "prompt"
         ticket = server.service.admission.admit(4)
         assert refuse(server, "/v1/completions", {"prompt": too_long}, 429)["code"] == "queue_full"
         assert refuse(server, "/v1/chat/completions", {"messages": MESSAGES}, 429)["code"] == "queue_full"

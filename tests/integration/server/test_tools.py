@@ -289,12 +289,13 @@ def test_counting_refuses_the_tools_that_a_chat_refuses(calling: LiveServer, par
     assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
 
 
-@pytest.mark.parametrize("arguments", ["[1]", "{", "nothing", "[" * 100_000, '{"x": "\\ud800"}'])
-def test_arguments_that_are_no_object_are_refused(calling: LiveServer, arguments: str) -> None:
+@pytest.mark.parametrize("arguments", ["[1]", '{"city": "Orl', "nothing", "[" * 1500, '{"x": "\\ud800"}'])
+def test_arguments_that_are_no_object_are_shown_as_they_came(calling: LiveServer, arguments: str) -> None:
+    """An answer that was cut off has such, and a client sends it back."""
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
     response = calling.chat(messages=[{"role": "assistant", "tool_calls": [call]}])
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "messages.0.tool_calls.0.function.arguments"
+    assert response.status_code == 200
+    assert write_call("f", arguments) in calling.service.reader.decode(calling.engine.submitted[-1].prompt_ids)
 
 
 @pytest.mark.parametrize(("depth", "status"), [(64, 200), (65, 400), (956, 400)])

@@ -57,16 +57,16 @@ def test_a_token_that_the_model_lacks_is_refused_also_in_a_text() -> None:
     """Some tokenizers have more tokens than the model has rows."""
     small = PromptReader(byte_tokenizer(), max_model_len=40, vocabulary_size=256)
     with pytest.raises(InvalidRequest, match="the text has '<\\|end\\|>', a token that this base does not have"):
-        asyncio.run(small.read_text("a<|end|>"))
+        asyncio.run(small.read_texts(["a<|end|>"]))
     with pytest.raises(InvalidRequest, match="token id 256 is not in the vocabulary of 256"):
-        asyncio.run(small.read_text([1, 256]))
+        asyncio.run(small.read_texts([[1, 256]]))
 
 
 def test_ids_beyond_the_context_are_refused_before_they_are_decoded() -> None:
     with pytest.raises(ContextTooLong, match="the request has 41 in the prompt"):
-        asyncio.run(reader().read_text([1] * 41))
+        asyncio.run(reader().read_texts([[1] * 41]))
 
 
 def test_ids_outside_of_the_vocabulary_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="100000 is not in the vocabulary"):
-        asyncio.run(reader().read_text([1, 100_000]))
+        asyncio.run(reader().read_texts([[1, 100_000]]))
