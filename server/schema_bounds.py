@@ -1,26 +1,36 @@
 """Bounds what the JSON schemas of a request may cost to compile and to follow. Knows their size, not their meaning.
 
-Within these bounds the costliest schemas that were found (tests/costly_schemas.py) took at most 60 ms to compile, and a
+Within these bounds the costliest schemas that were found (tests/costly_schemas.py) took at most 0.3 s to compile, and a
 token of their answers mostly under 1 ms, at most 45 ms of one core (vocabulary of 49,152; `python -m
 tests.benchmarks.structured`). Beyond them the cost of a token grows with the square of what may come next: with 1,000
-properties it is 80 ms, with an `allOf` of nine `anyOf` over a second. Two multiples of four digits compile for seconds.
+properties it is 80 ms, with an `allOf` of nine `anyOf` over a second. Two multiples of four digits that one number has
+to be, or may be, compile for seconds.
 """
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
 from server.errors import InvalidRequest
 
 # Of all schemas of a request together.
-MAX_CHARACTERS = 64 * 1024  # as compact JSON
+MAX_CHARACTERS = 64 * 1024  # as compact JSON, without descriptions and the like
+MAX_MULTIPLES = 100_000  # the sum of those below
+# Of a number, or of all that one may have to be a multiple of at the same time.
 MAX_MULTIPLE = 10_000  # least common, in units of the last decimal place
 # Of each schema: what may come next at one place of an answer is all from one.
 MAX_DEPTH = 64  # lists and objects inside each other: thirty objects
 MAX_PROPERTIES = 500
 MAX_VARIANTS = 100  # beyond the first of each anyOf and oneOf; null is none
+
+ANNOTATIONS = frozenset(
+    {"title", "description", "$comment", "default", "examples", "deprecated", "readOnly", "writeOnly"}
+)
+VALUES = frozenset({"const", "enum"})
+NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+CHOICES = ("anyOf", "oneOf")
 
 
 class SchemaBounds:
@@ -28,8 +38,7 @@ class SchemaBounds:
 
     def __init__(self) -> None:
         self._num_characters = 0
-        self._multiple: int | None = None  # in units
-        self._unit = 1  # this many of them are 1
+        self._num_multiples = 0
 
     def add(self, schema: object, *, param: str, where: str) -> None:
         """InvalidRequest that names the field `where` and the bound that is passed with this schema."""
@@ -41,35 +50,89 @@ class SchemaBounds:
     def _add(self, schema: object) -> None:
         if is_deeper(schema, MAX_DEPTH):
             raise ValueError(f"the schema is nested deeper than {MAX_DEPTH} levels")
-        self._num_characters += _num_characters(schema)
+        _check_json(schema)
+        schema = _without_annotations(schema)
+        self._num_characters += len(json.dumps(schema, separators=(",", ":"), ensure_ascii=False))
         if self._num_characters > MAX_CHARACTERS:
             raise _too_many("with it the schemas have", self._num_characters, "characters", MAX_CHARACTERS)
         objects = list(_objects(schema))
         num_properties = sum(len(one["properties"]) for one in objects if isinstance(one.get("properties"), dict))
         if num_properties > MAX_PROPERTIES:
             raise _too_many("the schema has", num_properties, "properties", MAX_PROPERTIES)
-        num_variants = sum(_num_variants(one.get(key)) for one in objects for key in ("anyOf", "oneOf"))
+        num_variants = sum(_num_variants(one.get(key)) for one in objects for key in CHOICES)
         if num_variants > MAX_VARIANTS:
             raise _too_many("the schema has", num_variants, "variants of anyOf and oneOf", MAX_VARIANTS)
-        for number in (one.get("multipleOf") for one in objects):
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                self._add_multiple(number)
+        for together in _multiples(schema):
+            self._num_multiples += _least_common(together)
+            if self._num_multiples > MAX_MULTIPLES:
+                raise _too_many("with it the schemas have", self._num_multiples, "units of multipleOf", MAX_MULTIPLES)
 
-    def _add_multiple(self, number: float) -> None:
-        """What is a multiple of several numbers is one of their least common multiple, and costs as much."""
+
+def _multiples(schema: object) -> Iterator[list[float]]:
+    """Every `multipleOf`, beside the others that the same number may have to keep to."""
+    todo = [schema]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, dict) and _is_joint(node):
+            joint = (_multiple(one) for one in _reachable(node, schema))
+            yield [number for number in joint if number is not None]
+        else:
+            if isinstance(node, dict) and (number := _multiple(node)) is not None:
+                yield [number]
+            todo.extend(_children(node))
+
+
+def _is_joint(schema: dict[str, Any]) -> bool:
+    """Whether one value may have to keep to, or be told by, several of the schemas in it."""
+    if "allOf" in schema or "patternProperties" in schema or any(_num_variants(schema.get(key)) for key in CHOICES):
+        return True
+    others = [key for key in ("$ref", *CHOICES) if key in schema]
+    return bool(others) and len(schema.keys() - NAMED) > 1
+
+
+def _reachable(node: object, root: object) -> Iterator[dict[str, Any]]:
+    """All objects in it, and in what they refer to within the whole."""
+    todo, followed = [node], set()
+    while todo:
+        for one in _objects(todo.pop()):
+            yield one
+            reference = one.get("$ref")
+            if isinstance(reference, str) and reference not in followed:
+                followed.add(reference)
+                todo.append(_at(root, reference))
+
+
+def _at(root: object, reference: str) -> object:
+    """What a reference of this document names; nothing if there is none, which whoever compiles it will say."""
+    for name in reference.removeprefix("#").split("/")[1:]:
+        if not isinstance(root, dict):
+            return None
+        root = root.get(name.replace("~1", "/").replace("~0", "~"))
+    return root if reference.startswith("#") else None
+
+
+def _multiple(schema: dict[str, Any]) -> float | None:
+    number = schema.get("multipleOf")
+    return number if isinstance(number, int | float) and not isinstance(number, bool) else None
+
+
+def _least_common(numbers: Sequence[float]) -> int:
+    """In units of the last place. What is a multiple of each of several numbers costs as much as one of this."""
+    multiple, unit = 1, 1
+    for place, number in enumerate(numbers):
         if number <= 0:
             raise ValueError(f"multipleOf is {number}, it must be above 0")
-        exact, unit = Fraction(str(number)), self._unit
-        while (exact * unit).denominator > 1:
-            unit *= 10
-        steps = int(exact * unit)
-        earlier = steps if self._multiple is None else self._multiple * (unit // self._unit)
-        self._multiple, self._unit = math.lcm(earlier, steps), unit
-        if self._multiple > MAX_MULTIPLE:
+        exact, finer = Fraction(str(number)), unit
+        while (exact * finer).denominator > 1:
+            finer *= 10
+        steps = int(exact * finer)
+        multiple, unit = math.lcm(multiple * (finer // unit) if place else steps, steps), finer
+        if multiple > MAX_MULTIPLE:
+            among = ", and the least common multiple of those of one number" if place else ", which"
             raise ValueError(
-                f"multipleOf is {str(number)[:20]}, and the least common multiple of all of them would have more than "
-                f"{MAX_MULTIPLE} units of their last decimal place"
+                f"multipleOf is {str(number)[:20]}{among} has more than {MAX_MULTIPLE} units of the last decimal place"
             )
+    return multiple
 
 
 def is_deeper(node: object, most: int) -> bool:
@@ -80,13 +143,28 @@ def is_deeper(node: object, most: int) -> bool:
     return any(isinstance(one, dict | list) for one in level)
 
 
-def _num_characters(schema: object) -> int:
+def _check_json(schema: object) -> None:
     try:
-        text = json.dumps(schema, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
-        text.encode()
+        json.dumps(schema, allow_nan=False, ensure_ascii=False).encode()
     except ValueError as error:  # numbers that are none, half surrogate pairs
         raise ValueError(f"the schema is not valid JSON: {error}") from error
-    return len(text)
+
+
+def _without_annotations(schema: object) -> Any:
+    """What is compiled of a schema: tools may be described at length."""
+    if isinstance(schema, list):
+        return [_without_annotations(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {}
+    for key, value in schema.items():
+        if key in NAMED and isinstance(value, dict):
+            kept[key] = {name: _without_annotations(one) for name, one in value.items()}
+        elif key in VALUES:
+            kept[key] = value
+        elif key not in ANNOTATIONS:
+            kept[key] = _without_annotations(value)
+    return kept
 
 
 def _num_variants(choice: object) -> int:

@@ -48,6 +48,10 @@ AT_BOUNDS: dict[str, Any] = {
     "six choices of two": {"allOf": [either(f"a{number}", f"b{number}") for number in range(6)]},
     "a multiple": several({"type": "integer", "multipleOf": 9973}),
     "variants of multiples": several({"anyOf": [{"type": "integer", "multipleOf": n} for n in (97, 103)]}),
+    "multiples of their own": {
+        "type": "object",
+        "properties": {f"n{number}": {"type": "integer", "multipleOf": 9973 - number} for number in range(10)},
+    },
     "a long enum": several({"enum": [f"x{number}" for number in range(6000)]}),
     "objects in each other": deep(),
     "a pattern that looks back 12 characters": {"type": "string", "pattern": "^(.*a.{12})$"},

@@ -15,6 +15,8 @@ from server.schema_bounds import (
 )
 
 STRING, NULL = {"type": "string"}, {"type": "null"}
+M1 = {"multipleOf": 9973}
+DEFS = {"$defs": {"a": M1, "b": {"$ref": "#/$defs/a"}}}
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -32,6 +34,11 @@ def multiples(*numbers: float) -> dict[str, Any]:
     return {"type": "number", "allOf": [{"multipleOf": number} for number in numbers]}
 
 
+def several_numbers(count: int) -> dict[str, Any]:
+    """Each of which is on its own."""
+    return {"properties": {f"n{number}": {"multipleOf": 10_000 - number} for number in range(count)}}
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -45,6 +52,13 @@ def multiples(*numbers: float) -> dict[str, Any]:
         multiples(100, 0.01),
         multiples(*[0.01] * 100, 0.5, 15),
         multiples(1e-12),
+        several_numbers(10),
+        {"properties": {"price": {"multipleOf": 0.01}, "size": {"multipleOf": 128}}},
+        {"properties": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, NULL]}, "b": {"multipleOf": 9967}}, **DEFS},
+        {"properties": {"description": {"type": "string", "description": "x" * MAX_CHARACTERS}}},
+        {"$ref": "#/$defs/a", "description": "a number", **DEFS},
+        {"allOf": [{"$ref": "#/$defs/none"}, {"$ref": "other.json"}, {"$ref": "#/$defs/a/multipleOf/x"}], **DEFS},
+        {"$ref": "#/$defs/c", "$defs": {"c": {"allOf": [{"$ref": "#/$defs/c"}]}}},
         {"multipleOf": True, "properties": {"multipleOf": STRING, "anyOf": STRING}},
     ],
 )
@@ -62,10 +76,17 @@ def test_what_is_within_the_bounds_passes(schema: dict[str, Any]) -> None:
         ({"anyOf": [STRING] * (MAX_VARIANTS + 2)}, "101 variants"),
         ({"anyOf": [STRING] * 60, "oneOf": [STRING] * 60}, "118 variants"),
         ({"enum": ["x" * MAX_CHARACTERS]}, "characters"),
+        ({"const": {"description": "x" * MAX_CHARACTERS}}, "characters"),
+        ({"properties": {"x" * MAX_CHARACTERS: STRING}}, "characters"),
         ({"properties": {"a": {"multipleOf": 99991}}}, "multipleOf is 99991"),
         ({"multipleOf": 0.99991}, "multipleOf is 0.99991"),
         (multiples(9973, 9967), "multipleOf is .*least common multiple"),
-        ({"$defs": {"a": {"multipleOf": 101}, "b": {"multipleOf": 103}}}, "least common multiple"),
+        ({"anyOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}, "least common multiple"),
+        ({"$ref": "#/$defs/a", "multipleOf": 9967, **DEFS}, "least common multiple"),
+        ({"allOf": [{"$ref": "#/$defs/b"}, {"multipleOf": 9967}], **DEFS}, "least common multiple"),
+        ({"anyOf": [{"$ref": "#/$defs/b"}], "multipleOf": 9967, **DEFS}, "least common multiple"),
+        ({"properties": {"a": M1}, "patternProperties": {"a|b": {"multipleOf": 9967}}}, "least common multiple"),
+        (several_numbers(11), "109945 units of multipleOf"),
         (multiples(9973, 1e-12), "least common multiple"),
         ({"multipleOf": 10**4000}, "multipleOf"),
         ({"multipleOf": 1e300}, "multipleOf"),
@@ -86,7 +107,7 @@ def test_bound_that_is_passed_is_named(schema: dict[str, Any], said: str) -> Non
     ("first", "second", "said"),
     [
         ({"enum": ["x" * 40_000]}, {"enum": ["x" * 40_000]}, "with it the schemas have 80026 characters"),
-        (multiples(101), multiples(103), "multipleOf is 103"),
+        (several_numbers(6), several_numbers(6), "with it the schemas have 109970 units of multipleOf"),
     ],
 )
 def test_schemas_of_a_request_are_counted_together(first: dict[str, Any], second: dict[str, Any], said: str) -> None:
