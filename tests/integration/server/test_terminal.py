@@ -211,6 +211,15 @@ def test_answer_of_something_else_is_one_line_and_status_1(
     assert words in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("command", ["chat", "bench"])
+def test_only_a_line_feed_ends_an_event(command: str, tmp_path: Path) -> None:
+    answer = "a\u2028b\u2029c\x85d"
+    with run_live_server(tmp_path, answer=answer) as server:
+        shown = run(server, command, text="hello\n").stdout
+    if command == "chat":
+        assert shown.startswith("a\u2028b\u2029c\\x85d\n")
+
+
 def test_nothing_is_said_of_a_mix_that_was_not_told() -> None:
     with answering(*EVENTS, CHUNK, "", "data: [DONE]", "") as url:
         result = runner.invoke(app, ["chat", "--url", url], input="hello\n")
