@@ -51,7 +51,7 @@ def test_quoted_half_characters_can_be_sent() -> None:
 
 
 def test_table_tells_whose_wait_it_is_and_what_http_refuses() -> None:
-    rows = {row.split(" | ")[1]: row for row in error_table().splitlines()}
+    rows = {row.split(" | ")[1]: row for row in error_table().splitlines() if "`" in row}
     assert "| after 1 s |" in rows["`queue_full`"]
     assert "| as `Retry-After` says |" in rows["`rate_limit_exceeded`"]
     assert rows["`headers_too_large`"].startswith("| 431 |")
