@@ -76,8 +76,8 @@ class ServerSettings(_Section):
     keep_alive_seconds: int = Field(
         default=75,
         ge=1,
-        description="Seconds after which an idle connection is closed. Set it longer than the proxy's own idle timeout, "
-        "so the proxy never reuses a connection the server has just closed.",
+        description="Seconds after which an idle connection is closed. Set it longer than the proxy's own idle "
+        "timeout, so the proxy never reuses a connection the server has just closed.",
     )
     heartbeat_timeout_seconds: float = Field(default=30.0, gt=0, description="An engine silent for longer is not ready")
     shutdown_delay_seconds: float = Field(
@@ -203,7 +203,8 @@ class StoreSettings(_Section):
     host_budget_bytes: int | None = Field(
         default=None,
         ge=0,
-        description="Bytes of pinned memory from which domains go to a CUDA device; default: a quarter of what is available",
+        description="Bytes of pinned memory from which domains go to a CUDA device; "
+        "default: a quarter of what is available",
     )
     loader_threads: int = Field(default=2, ge=1, le=64, description="Loads that run at once, in each tier")
     verify_bytes_per_second: int = Field(
