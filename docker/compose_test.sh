@@ -16,7 +16,7 @@ say() { printf 'compose-test %4ds: %s\n' "$SECONDS" "$*"; }
 fail() { printf 'compose-test: %s\n' "$*" >&2; exit 1; }
 
 compose() {
-  "${compose_command[@]}" --project-name brainstacks-test --profile cpu \
+  "${compose_command[@]}" --project-name brainstacks-test --profile cpu --env-file /dev/null \
     --file docker-compose.yml --file docker/compose.test.yml "$@"
 }
 
@@ -200,7 +200,11 @@ work=$(realpath "$work")
 [ ${#work} -le 60 ] || fail "WORKDIR is too long for the path of a socket: $work"
 trap stop EXIT
 trap 'exit 130' INT TERM
-unset "${!BRAINSTACKS_@}" COMPOSE_PROFILES COMPOSE_FILE  # the shipped settings are tested, not this shell's
+# The shipped settings are tested: not this shell's, nor those of brainstacks.env and .env. Only the build has its index.
+TORCH_INDEX_URL=${TORCH_INDEX_URL:-$(sed -n 's/^TORCH_INDEX_URL=//p' .env 2>/dev/null || true)}
+export TORCH_INDEX_URL
+mapfile -t passed < <(grep '^[A-Z]' docker/passed.env)
+unset "${!BRAINSTACKS_@}" "${passed[@]}" GRAFANA_PASSWORD METRICS_RETENTION COMPOSE_PROFILES COMPOSE_FILE
 
 find_engine
 find_compose

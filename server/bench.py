@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from server.client import DONE, bearer, parse_event, request_of, require_end, require_stream
+from server.client import EventReader, bearer, request_of, require_stream
 from server.errors import RequestFailed
 
 FIGURES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99, "max": 1.0}
@@ -155,13 +155,11 @@ async def _ask(http: httpx.AsyncClient, plan: BenchPlan, number: int, due: float
 
 
 async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    is_done = False
-    async for line in response.aiter_lines():
-        if line == DONE:
-            is_done = True
-        elif (chunk := parse_event(line)) is not None:
+    events = EventReader()
+    async for piece in response.aiter_bytes():
+        for chunk in events.read(piece):
             yield chunk
-    require_end(is_done=is_done)
+    events.require_end()
 
 
 def _body(plan: BenchPlan, route: Route, number: int) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from server.errors import RequestFailed
 CHUNK_BYTES = 1024 * 1024
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 ADMIN_TIMEOUT = httpx.Timeout(600.0, connect=5.0, read=None)  # an answer may wait for downloads, or for all bytes
-DONE = "data: [DONE]"
+DATA = b"data: "
+DONE = b"data: [DONE]"
 MAX_SHOWN = 100  # characters of an answer that is none
 
 Json = dict[str, Any]
@@ -48,7 +49,10 @@ class ServerClient:
             if not response.is_success:
                 response.read()
             require_stream(response)
-            yield from _events(response.iter_lines())
+            events = EventReader()
+            for piece in response.iter_bytes():
+                yield from events.read(piece)
+            events.require_end()
 
     def route(self, text: str) -> Json:
         """Scores and mix of a text."""
@@ -150,11 +154,31 @@ def require_stream(response: httpx.Response) -> None:
         raise RequestFailed(f"{response.url} answered with content type {kind!r}, not with an event stream")
 
 
-def parse_event(line: str) -> Json | None:
-    """The chunk in a line of a stream, if there is one. RequestFailed for an error of the server, or for no chunk."""
-    payload = line.removeprefix("data: ")
-    if payload == line:
-        return None
+class EventReader:
+    """The chunks of one stream, as its bytes come."""
+
+    def __init__(self) -> None:
+        self._rest = b""  # of a line whose end has not come
+        self._is_done = False
+
+    def read(self, piece: bytes) -> Iterator[Json]:
+        """What ends in this piece. RequestFailed for an error of the server, or for what is no chunk."""
+        # Not httpx's lines: they end at U+2028, U+2029 and U+0085 too, which JSON may have unescaped.
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            line = line.removesuffix(b"\r")
+            if line == DONE:
+                self._is_done = True
+            elif line.startswith(DATA):
+                yield _chunk_of(line.removeprefix(DATA))
+
+    def require_end(self) -> None:
+        """RequestFailed for a stream that was over without [DONE]."""
+        if not self._is_done:
+            raise RequestFailed("the stream broke off: it did not end with [DONE]")
+
+
+def _chunk_of(payload: bytes) -> Json:
     try:
         chunk = json.loads(payload)
     except ValueError:
@@ -164,13 +188,8 @@ def parse_event(line: str) -> Json | None:
             raise RequestFailed(said)
         case {"choices": list()}:
             return chunk
-    raise RequestFailed(f"an event of the stream is no chunk: {payload[:MAX_SHOWN]!r}")
-
-
-def require_end(*, is_done: bool) -> None:
-    """RequestFailed for a stream that was over without [DONE]."""
-    if not is_done:
-        raise RequestFailed("the stream broke off: it did not end with [DONE]")
+    shown = payload.decode(errors="replace")[:MAX_SHOWN]
+    raise RequestFailed(f"an event of the stream is no chunk: {shown!r}")
 
 
 def _domain_path(name: str) -> str:
@@ -181,16 +200,6 @@ def _chunks(read: Callable[[int], bytes], on_bytes: Callable[[int], None]) -> It
     while chunk := read(CHUNK_BYTES):
         yield chunk
         on_bytes(len(chunk))
-
-
-def _events(lines: Iterator[str]) -> Iterator[Json]:
-    is_done = False
-    for line in lines:
-        if line == DONE:
-            is_done = True
-        elif (chunk := parse_event(line)) is not None:
-            yield chunk
-    require_end(is_done=is_done)
 
 
 def _message(response: httpx.Response) -> str:

@@ -56,45 +56,56 @@ class _Section(BaseModel):
 class ServerSettings(_Section):
     """The HTTP side."""
 
-    host: str = Field(default="127.0.0.1", description="address to listen on; `0.0.0.0`: all")
-    port: int = Field(default=8000, ge=0, le=65535, description="to listen on; 0: any free one")
-    api_keys: CommaSeparated = Field(default=[], repr=False, description="empty: no key is asked for")
+    host: str = Field(default="127.0.0.1", description="Address to listen on; `0.0.0.0`: all")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0: any free one")
+    api_keys: CommaSeparated = Field(default=[], repr=False, description="API keys; empty: no key is asked for")
     admin_key: str | None = Field(
-        default=None, min_length=1, repr=False, description="without one the admin API is off"
+        default=None, min_length=1, repr=False, description="Key of the admin API, which is off without one"
     )
     served_model_name: str | None = Field(
-        default=None, description="of the model that routes; default: the base's own id"
+        default=None, description="Name of the model that routes; default: the base's own id"
     )
-    max_queue: int = Field(default=256, ge=0, description="sequences that may wait beside the running ones")
-    max_body_bytes: int = Field(default=8 * MIB, ge=1, description="of a JSON request")
-    max_upload_bytes: int = Field(default=8192 * MIB, ge=1, description="of one uploaded stack or router file")
+    max_queue: int = Field(default=256, ge=0, description="Sequences that may wait beside the running ones")
+    max_body_bytes: int = Field(default=8 * MIB, ge=1, description="Size limit of a JSON request")
+    max_upload_bytes: int = Field(
+        default=8192 * MIB, ge=1, description="Size limit of one uploaded stack or router file"
+    )
     request_timeout_seconds: float = Field(
-        default=600.0, gt=0, description="for a request's body, and for its answer once it was read"
+        default=600.0, gt=0, description="Time limit for a request's body, and then for its answer"
     )
     keep_alive_seconds: int = Field(
         default=75,
         ge=1,
-        description="an idle connection is closed after; longer than the proxy's, who may use it again",
+        description="Seconds after which an idle connection is closed. Set it longer than the proxy's own idle "
+        "timeout, so the proxy never reuses a connection the server has just closed.",
     )
-    heartbeat_timeout_seconds: float = Field(default=30.0, gt=0, description="an engine silent for longer is not ready")
+    heartbeat_timeout_seconds: float = Field(default=30.0, gt=0, description="An engine silent for longer is not ready")
     shutdown_delay_seconds: float = Field(
-        default=0.0, ge=0, description="at shutdown, time for load balancers to see that the server is not ready"
+        default=0.0, ge=0, description="At shutdown, time for load balancers to see that the server is not ready"
     )
-    drain_seconds: float = Field(default=30.0, ge=0, description="running requests get this long at shutdown")
+    drain_seconds: float = Field(
+        default=30.0, ge=0, description="How long running requests may take to finish at shutdown"
+    )
     requests_per_minute: int | None = Field(
-        default=None, ge=1, description="of one API key, or one address where no keys are set; default: no limit"
+        default=None,
+        ge=1,
+        description="Requests of one API key, or of one address where no keys are set; default: no limit",
     )
     tokens_per_minute: int | None = Field(
-        default=None, ge=1, description="read and written for one API key or address; default: no limit"
+        default=None, ge=1, description="Tokens read and written for one API key or address; default: no limit"
     )
     cors_origins: CommaSeparated = Field(
-        default=[], description="origins whose pages may call the server, `*` for all; empty: none"
+        default=[], description="Origins whose pages may call the server, `*` for all; empty: none"
     )
     trusted_proxies: CommaSeparated = Field(
-        default=[], description="addresses or networks whose X-Forwarded-For names the client; empty: none"
+        default=[], description="Addresses or networks whose X-Forwarded-For names the client; empty: none"
     )
-    gap_log: Path | None = Field(default=None, description="keeps prompts that no domain covers; default: none is kept")
-    gap_log_bytes: int = Field(default=MIB, ge=4096, description="of that file, and of the older one beside it")
+    gap_log: Path | None = Field(
+        default=None, description="File that keeps prompts no domain covers; default: none is kept"
+    )
+    gap_log_bytes: int = Field(
+        default=MIB, ge=4096, description="Size limit of that file, and of the older one beside it"
+    )
 
     @field_validator("api_keys", mode="before")
     @classmethod
@@ -144,7 +155,7 @@ class ServerSettings(_Section):
 class EngineSettings(_Section):
     """The base and how much of it runs at once."""
 
-    base: str | None = Field(default=None, description="a folder or a hub id; default: the embedded base")
+    base: str | None = Field(default=None, description="A folder or a hub id; default: the embedded base")
     base_format: Literal["auto", "nf4", "nf4-dense", "dense"] = Field(
         default="auto",
         description="`nf4`: 4 bits; `nf4-dense`: the same values in `dtype`; `dense`: as published; "
@@ -152,21 +163,24 @@ class EngineSettings(_Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="that is computed in; `auto`: bfloat16 where the hardware multiplies it, else float32",
+        description="Type of numbers to compute in; `auto`: bfloat16 where the hardware multiplies it, else float32",
     )
     device: str = Field(default="auto", description="`cpu`, `cuda`, `cuda:1`; `auto`: CUDA where there is one")
-    threads: int | None = Field(default=None, ge=1, description="of the engine's products; default: chosen by cores")
-    max_batch_rows: int = Field(default=16, ge=1, description="sequences that are computed together; others wait")
-    max_model_len: int = Field(default=2048, ge=1, description="tokens of prompt and answer together")
+    threads: int | None = Field(
+        default=None, ge=1, description="Threads for the engine's matrix products; default: chosen by cores"
+    )
+    max_batch_rows: int = Field(default=16, ge=1, description="Sequences that are computed together; others wait")
+    max_model_len: int = Field(default=2048, ge=1, description="Most tokens of a prompt and its answer together")
     kv_cache_tokens: int = Field(
-        default=16384, ge=1, description="of all sequences together whose keys and values are kept"
+        default=16384, ge=1, description="Tokens whose keys and values are kept, of all sequences together"
     )
     prompt_tokens_beside_decode: int | None = Field(
         default=None,
         ge=1,
-        description="of a step in which others decode, or as many as decode; default: 8 if fused, else no bound",
+        description="Most prompt tokens in one step while other sequences decode: this number, or the number of "
+        "decoding sequences if that is larger; default: 8 if fused, else no bound",
     )
-    fused_step: bool = Field(default=True, description="decode on a CPU in one compiled function, if the base allows")
+    fused_step: bool = Field(default=True, description="Decode on a CPU in one compiled function, if the base allows")
 
 
 class StoreSettings(_Section):
@@ -174,31 +188,32 @@ class StoreSettings(_Section):
 
     path: Path = Field(
         default_factory=lambda: default_store_path(),
-        description="folder of the store, made if it is missing; default: `store`, in a checkout beside `demo`",
+        description="Folder of the store, made if it is missing; default: `store`, in a checkout beside `demo`",
     )
-    import_root: Path | None = Field(default=None, description="the only folder that admin calls may import files from")
+    import_root: Path | None = Field(default=None, description="The only folder that admin calls may import files from")
     object_roots: CommaSeparated = Field(
         default=[], description="URLs under which admin calls may name objects; empty: none may be named"
     )
     object_options: dict[str, dict[str, Any]] = Field(
-        default={}, repr=False, description="by scheme, what fsspec's driver takes; credentials it finds itself"
+        default={}, repr=False, description="Options of fsspec's drivers, by scheme; credentials a driver finds itself"
     )
     device_budget_bytes: int | None = Field(
-        default=None, ge=1, description="of domains that are resident; default: a quarter of available memory"
+        default=None, ge=1, description="Most bytes of resident domains; default: a quarter of available memory"
     )
     host_budget_bytes: int | None = Field(
         default=None,
         ge=0,
-        description="pinned memory from which domains go to a CUDA device; default: a quarter of what is available",
+        description="Bytes of pinned memory from which domains go to a CUDA device; "
+        "default: a quarter of what is available",
     )
-    loader_threads: int = Field(default=2, ge=1, le=64, description="of each tier")
+    loader_threads: int = Field(default=2, ge=1, le=64, description="Loads that run at once, in each tier")
     verify_bytes_per_second: int = Field(
-        default=4 * MIB, ge=0, description="at which registered files are read again and hashed; 0: never"
+        default=4 * MIB, ge=0, description="Speed at which registered files are read again and hashed; 0: never"
     )
     verify_interval_seconds: float = Field(
-        default=3600.0, ge=0, description="from the begin of one such pass over all files to that of the next"
+        default=3600.0, ge=0, description="From the start of one such pass over all files to the start of the next"
     )
-    lease_timeout_seconds: float = Field(default=60.0, gt=0, description="how long a request waits for its mix")
+    lease_timeout_seconds: float = Field(default=60.0, gt=0, description="How long a request waits for its mix")
 
     @field_validator("object_roots")
     @classmethod
@@ -218,9 +233,9 @@ class LogSettings(_Section):
     """What operators see."""
 
     level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="lines below it are left out; at `debug`, libraries may write texts of requests"
+        default="info", description="Lines below it are left out; at `debug`, libraries may write texts of requests"
     )
-    format: Literal["text", "json"] = Field(default="text", description="json: one object a line")
+    format: Literal["text", "json"] = Field(default="text", description="`json`: one object a line")
 
 
 class TelemetrySettings(_Section):
@@ -230,7 +245,7 @@ class TelemetrySettings(_Section):
         default=None, description="URL of an OTLP/HTTP collector, as http://localhost:4318; default: no traces"
     )
     sample_ratio: float = Field(
-        default=1.0, ge=0, le=1, description="share of requests that are traced, where the caller did not decide"
+        default=1.0, ge=0, le=1, description="Share of requests that are traced, where the caller did not decide"
     )
 
     @field_validator("otlp_endpoint")

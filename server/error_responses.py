@@ -30,6 +30,7 @@ CODES_BY_STATUS = {
     405: "method_not_allowed",
     408: "request_timed_out",
     413: "request_too_large",
+    431: "headers_too_large",
     499: "client_closed_request",
 }
 

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterator
 
 from server.error_responses import CODES_BY_STATUS, type_of
-from server.errors import ERROR_TABLE, Answer, ClientGone
+from server.errors import ERROR_TABLE, Answer, ClientGone, RateLimitExceeded
 
 SAID_BY_HTTP = {
     404: "there is nothing at that path",
     405: "the path takes other methods",
     408: "the body did not come in time",
     413: "the body is larger than `server.max_body_bytes`",
+    431: "the request line and headers are larger than 64 KiB",
 }
 INTERNAL_SAID = "what went wrong inside, which only the server's log tells"
 LEAF = re.compile(r"^[│ ]*[├└]── (\w+) +(\S.*)$", re.MULTILINE)
@@ -44,6 +45,8 @@ def _lines(rows: dict[tuple[int, str], tuple[list[str], Answer]]) -> Iterator[st
 
 def _retry(status: int, answer: Answer) -> str:
     """What Retry-After says; else what the official clients do by themselves."""
+    if answer is ERROR_TABLE[RateLimitExceeded]:  # each error of this class says its own wait
+        return "as `Retry-After` says"
     if answer.retry_after_seconds is not None:
         return f"after {answer.retry_after_seconds} s"
     return "yes" if (status >= 500 or status == 408) and answer.should_retry is not False else "no"

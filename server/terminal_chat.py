@@ -3,10 +3,13 @@
 A line that begins with `/` is a command; `//` begins a question that begins with `/`.
 """
 
+import io
+import re
 import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +21,8 @@ from server.terminal_mix import parse_mix, show_weights
 from server.terminal_tables import domains_table, route_table, router_lines
 
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+CONTROLS |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}  # order of writing
+COLOURS = re.compile(r"(?:\x1b\[[\d;]*m)+")
 
 
 def run_chat(client: ServerClient, fields: dict[str, Any]) -> None:
@@ -25,6 +30,8 @@ def run_chat(client: ServerClient, fields: dict[str, Any]) -> None:
 
     A person may try again after a refusal; where nobody sits there, the first one ends it, as RequestFailed.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may have what this terminal cannot show
     Chat(client, Console(), fields, is_interactive=sys.stdin.isatty()).run()
 
 
@@ -45,6 +52,7 @@ class Chat:
         self._console = console
         self._fields = dict(fields)
         self._is_interactive = is_interactive
+        self._prompt = _make_prompt(console) if is_interactive else ""
         self._messages: list[dict[str, str]] = []
         self._has_ended = False
         self._commands = {
@@ -76,8 +84,10 @@ class Chat:
     def _read_line(self) -> str | None:
         """None at the end of input. An empty line asks nothing, nor does one that Ctrl-C broke off."""
         try:
-            return self._console.input("[bold cyan]you[/bold cyan] " if self._is_interactive else "").strip()
+            return input(self._prompt).strip()
         except KeyboardInterrupt:
+            if not self._is_interactive:
+                raise
             self._say_on_new_line("/quit or Ctrl-D ends")
             return ""
         except UnicodeDecodeError as error:
@@ -114,6 +124,8 @@ class Chat:
                         self._show(piece)
                         was_cut = was_cut or choice.get("finish_reason") == "length"
         except KeyboardInterrupt:  # closing the stream tells the server
+            if not self._is_interactive:
+                raise
             was_stopped = True
         finally:
             if answer:
@@ -197,6 +209,17 @@ class Chat:
 
     def _complain(self, text: str) -> None:
         self._console.print(f"error: {printable(text)}", style="red", markup=False, highlight=False)
+
+
+def _make_prompt(console: Console) -> str:
+    """What input() shows. Lets it edit the line, if this Python can: then a line may also be of any length."""
+    with console.capture() as shown:
+        console.print("you ", style="bold cyan", end="")
+    try:
+        import_module("readline")  # not at the top: it may write to the terminal, which may be another program's
+    except ImportError:
+        return shown.get()
+    return COLOURS.sub("\x01\\g<0>\x02", shown.get())  # what takes no room, so that the cursor is found
 
 
 def describe_report(report: Json) -> str:

@@ -9,7 +9,7 @@ from typing import Protocol
 from server.config import TelemetrySettings
 from server.errors import ConfigInvalid
 
-ENGINE_PHASES = ("queue", "prefill", "decode")  # in their order; the server's own, route and page_in, come before
+ENGINE_PHASES = ("queue", "prefill", "decode")  # in their order; the server's own, read, route and page_in, come before
 
 
 class RequestTrace(Protocol):

@@ -147,7 +147,7 @@ def _make_driver(scheme: str, options: Mapping[str, Any]) -> fsspec.AbstractFile
         raise ObjectStorageInvalid(f"root with scheme {scheme!r}: fsspec knows no such scheme") from error
     except ImportError as error:
         extra = EXTRAS.get(scheme)
-        install = f": pip install 'brainstacks[{extra}]'" if extra else f": {error}"
+        install = f": pip install -c constraints.txt -e '.[{extra}]'" if extra else f": {error}"
         raise ObjectStorageInvalid(f"root with scheme {scheme!r}: its driver is not installed{install}") from error
     if issubclass(driver_class, LocalFileSystem):  # it would follow links out of the root
         raise ObjectStorageInvalid(f"root with scheme {scheme!r}: local files are named by {FILE_SCHEME}:///")

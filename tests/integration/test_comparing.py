@@ -247,7 +247,7 @@ def test_without_matplotlib_the_rest_is_written_and_the_extra_named(
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # what an import finds when a package is not there
     output = shutil.copytree(trained.output, tmp_path / "runs", ignore=shutil.ignore_patterns("*.png", "comparison.*"))
     assert run_comparison(write(trained.folder, HEAD + MOE + SINGLE), output, None) == 0
-    assert "missing: figures need matplotlib: pip install 'brainstacks[train]'" in capsys.readouterr().out
+    assert "missing: figures need matplotlib: pip install -c constraints.txt -e '.[train]'" in capsys.readouterr().out
     assert sorted(path.name for path in output.iterdir() if path.is_file()) == ["comparison.json", "comparison.md"]
 
 

@@ -265,7 +265,7 @@ def test_without_the_harness_the_extra_is_named(
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(TrainingError, match=r"pip install 'brainstacks\[eval\]'"):
+    with pytest.raises(TrainingError, match=r"pip install -c constraints.txt -e '\.\[eval\]'"):
         evaluate_store(recipe, base, shared_store, tmp_path, Plan(modes=("base",), data=tmp_path))
 
 

@@ -57,7 +57,9 @@ def open_dataset(section: SourceSection, folder: Path, wanted: Callable[[Sequenc
         from datasets import load_dataset  # only a run that names a dataset needs the library
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise DataUnusable(f"source {section.name!r} is a dataset: install brainstacks[train] to read it") from error
+        raise DataUnusable(
+            f"source {section.name!r} is a dataset: pip install -c constraints.txt -e '.[train]'"
+        ) from error
     local = folder / str(section.dataset)
     path = str(local) if local.is_dir() else section.dataset
     try:

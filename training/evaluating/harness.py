@@ -26,7 +26,7 @@ try:
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 except ImportError as error:
-    raise TrainingError(f"benchmarks need lm_eval: pip install 'brainstacks[eval]' ({error})") from error
+    raise TrainingError(f"benchmarks need lm_eval: pip install -c constraints.txt -e '.[eval]' ({error})") from error
 
 from training.evaluating.language_model import MixedLM
 

@@ -26,7 +26,7 @@ try:
     from matplotlib.ticker import MaxNLocator as MaxNLocator
     from matplotlib.ticker import NullLocator as NullLocator
 except ModuleNotFoundError as error:
-    raise TrainingError(f"figures need matplotlib: pip install 'brainstacks[train]' ({error})") from error
+    raise TrainingError(f"figures need matplotlib: pip install -c constraints.txt -e '.[train]' ({error})") from error
 
 DOTS_PER_INCH = 150
 INK, PALE = "#333333", "#8a8a8a"

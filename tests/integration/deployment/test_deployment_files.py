@@ -22,6 +22,7 @@ SET_BY_THE_IMAGE = {"BRAINSTACKS_SERVER__HOST", "BRAINSTACKS_SERVER__PORT", "BRA
 
 
 DEPLOYMENT_PAGE = (ROOT / "docs" / "deployment.md").read_text()
+COMPOSE_TEST = (ROOT / "docker" / "compose_test.sh").read_text()
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 
 
@@ -99,6 +100,32 @@ def test_values_of_the_env_file_are_taken_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "brainstacks.env").write_text(f"# keys\nBRAINSTACKS_SERVER__ADMIN_KEY={value}\n")
     services = composed("--profile", "cpu", folder=tmp_path)
     assert services["server"]["environment"]["BRAINSTACKS_SERVER__ADMIN_KEY"].replace("$$", "$") == value
+
+
+def test_compose_test_has_the_shipped_settings(tmp_path: Path) -> None:
+    (tmp_path / "docker").mkdir()
+    for file in ("docker-compose.yml", "docker/passed.env", "docker/compose.test.yml"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    (tmp_path / "brainstacks.env").write_text("BRAINSTACKS_LOG__LEVEL=debug\n")
+    (tmp_path / ".env").write_text("GRAFANA_PASSWORD=secret\nHF_TOKEN=secret\n")
+    options = re.findall(r"--env-file \S+|--file docker\S+", COMPOSE_TEST)
+    services = composed("--profile", "cpu", *" ".join(options).split(), folder=tmp_path)
+    assert not services["server"].get("environment")
+    assert services["grafana"]["environment"]["GF_SECURITY_ADMIN_PASSWORD"] == "admin"
+    read = set(re.findall(r"\$\{(\w+):-", (ROOT / "docker-compose.yml").read_text()))
+    (unset,) = re.findall(r"^unset .*", COMPOSE_TEST, re.MULTILINE)
+    assert read - set(unset.split()) == {"TORCH_INDEX_URL", "REVISION"}  # of the build
+
+
+def test_index_of_the_first_build_holds_for_later_ones(tmp_path: Path) -> None:
+    (tmp_path / "docker").mkdir()
+    for file in ("docker-compose.yml", "docker/passed.env"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    (line,) = re.findall(r"^    echo '(.*)' >> \.env$", DEPLOYMENT_PAGE, re.MULTILINE)
+    (tmp_path / ".env").write_text(line.replace("<index of CPU builds of torch>", "https://index") + "\n")
+    services = composed("--profile", "cpu", folder=tmp_path)
+    assert services["server"]["build"]["args"]["TORCH_INDEX_URL"] == "https://index"
+    assert {"/.env", "/brainstacks.env"} <= set((ROOT / ".gitignore").read_text().splitlines())
 
 
 def test_every_setting_can_be_passed_on() -> None:

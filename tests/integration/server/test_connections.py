@@ -53,6 +53,14 @@ def test_a_head_without_end_is_refused(server: LiveServer) -> None:
             assert connection.recv(1) == b""
 
 
+def test_what_is_no_http_is_refused_in_plain_text_without_an_id(server: LiveServer) -> None:
+    with connected(server) as connection:
+        connection.sendall(b"hello\r\n\r\n")
+        refusal = answer_of(connection)
+        assert (refusal.status, refusal.getheader("x-request-id")) == (400, None)
+        assert (refusal.getheader("content-type") or "").startswith("text/plain")
+
+
 def test_a_long_head_and_a_longer_body_are_read(server: LiveServer) -> None:
     body = CHAT | {"user": "x" * 200_000}
     with connected(server) as connection:

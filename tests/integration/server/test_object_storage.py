@@ -405,7 +405,7 @@ def test_a_missing_driver_names_what_to_install() -> None:
         "    print(error)\n"
     )
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert said == "root with scheme 's3': its driver is not installed: pip install 'brainstacks[s3]'\n"
+    assert said == "root with scheme 's3': its driver is not installed: pip install -c constraints.txt -e '.[s3]'\n"
 
 
 @pytest.mark.parametrize("library", ["botocore.auth", "aiobotocore.credentials", "s3fs", "fsspec"])

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -138,6 +140,32 @@ def test_answer_that_breaks_off_ends_its_line_and_stays_in_the_conversation(serv
     assert prompt == f"<|user|>hello\n<|assistant|>{ANSWER[0]}\n<|user|>again\n<|assistant|>"
 
 
+@pytest.mark.parametrize("kind", ["dumb", "xterm"])
+def test_line_is_edited_and_of_any_length(server: LiveServer, kind: str) -> None:
+    with Terminal(sys.executable, "-m", "server.cli", "chat", "--url", server.url, kind=kind) as terminal:
+        terminal.wait_for("you ")
+        terminal.type("x" * 6000 + "\n")
+        terminal.wait_for(f"has {6000 + len('<|user|>' + '<|assistant|>') + 1} ")  # too long to be answered
+        assert "\x01" not in terminal.shown
+        terminal.type("hell\x1b[D\x1b[De\x7fE\n")
+        terminal.wait_for("mix chat=0.20")
+        terminal.type("/quit\n")
+        assert terminal.status() == 0
+    (request,) = server.engine.submitted
+    assert server.service.reader.decode(request.prompt_ids) == "<|user|>heEll\n<|assistant|>"
+
+
+def test_ctrl_c_ends_a_chat_that_nobody_sits_at(server: LiveServer, tmp_path: Path) -> None:
+    server.engine.may_decode.clear()
+    (tmp_path / "questions").write_text("one\ntwo\n")
+    command = f"{sys.executable} -m server.cli chat --url {server.url} < {tmp_path / 'questions'}; echo status $?"
+    with Terminal("bash", "-c", f"trap : INT; {command}") as terminal:
+        terminal.wait_for(ANSWER[0])
+        terminal.interrupt(until="status 130")
+        terminal.status()
+    assert len(server.engine.submitted) == 1
+
+
 def test_ctrl_c_stops_a_command_but_not_the_chat() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -156,11 +184,22 @@ def test_answer_that_was_cut_says_so(server: LiveServer) -> None:
 
 
 def test_answer_is_shown_as_written_and_steers_nothing(tmp_path: Path) -> None:
-    with run_live_server(tmp_path, answer="a\tb\r\x1b[31mc\x9b\nd") as server:
+    with run_live_server(tmp_path, answer="a\tb\r\x1b[31mc\x9b\nd\u202ee\u2069") as server:
         shown = run(server, "chat", text="hello\n/\x1b[31mx\n").stdout
-    assert shown.startswith("a\tb\\x0d\\x1b[31mc\\x9b\nd\n")
+    assert shown.startswith("a\tb\\x0d\\x1b[31mc\\x9b\nd\\u202ee\\u2069\n")
     assert "no command /\\x1b[31mx" in shown
     assert "\x1b" not in shown
+
+
+def test_what_a_terminal_cannot_show_is_a_question_mark(tmp_path: Path) -> None:
+    with run_live_server(tmp_path, answer="caf\xe9") as server:
+        done = subprocess.run(
+            [sys.executable, "-m", "server.cli", "chat", "--url", server.url],
+            input=b"hello\n",
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, b"caf?"), done.stderr.decode()
 
 
 @contextmanager
@@ -209,6 +248,15 @@ def test_answer_of_something_else_is_one_line_and_status_1(
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("error: "), result.exception
     assert words in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["chat", "bench"])
+def test_only_a_line_feed_ends_an_event(command: str, tmp_path: Path) -> None:
+    answer = "a\u2028b\u2029c\x85d"
+    with run_live_server(tmp_path, answer=answer) as server:
+        shown = run(server, command, text="hello\n").stdout
+    if command == "chat":
+        assert shown.startswith("a\u2028b\u2029c\\x85d\n")
 
 
 def test_nothing_is_said_of_a_mix_that_was_not_told() -> None:

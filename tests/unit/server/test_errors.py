@@ -10,6 +10,7 @@ import router.errors
 import server.errors
 import stack_store.errors
 from server.error_responses import body_of, response_to
+from server.error_table import error_table
 from server.errors import ERROR_TABLE, InvalidRequest, QueueFull, answer_for
 from stack_store.errors import GenerationConflict, StoreError
 
@@ -47,6 +48,13 @@ def test_retry_headers_follow_the_table() -> None:
 def test_quoted_half_characters_can_be_sent() -> None:
     response = response_to(InvalidRequest("model '\ud800' is odd", param="\ud800"))
     assert json.loads(bytes(response.body))["error"]["message"] == "model '?' is odd"
+
+
+def test_table_tells_whose_wait_it_is_and_what_http_refuses() -> None:
+    rows = {row.split(" | ")[1]: row for row in error_table().splitlines() if "`" in row}
+    assert "| after 1 s |" in rows["`queue_full`"]
+    assert "| as `Retry-After` says |" in rows["`rate_limit_exceeded`"]
+    assert rows["`headers_too_large`"].startswith("| 431 |")
 
 
 def test_statuses_that_the_official_client_retries_say_when() -> None:

@@ -88,5 +88,5 @@ def test_what_is_not_there_names_dataset_config_and_split(section: dict[str, str
 
 def test_without_the_library_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataUnusable, match=r"'small/main:train'.*brainstacks\[train\]"):
+    with pytest.raises(DataUnusable, match=r"'small/main:train'.*pip install -c constraints.txt -e '\.\[train\]'"):
         read(folder)

@@ -42,4 +42,4 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, store], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert "error: figures need matplotlib: pip install 'brainstacks[train]'" in done.stderr
+    assert "error: figures need matplotlib: pip install -c constraints.txt -e '.[train]'" in done.stderr
