@@ -13,7 +13,7 @@ from typing import Any, Literal
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.error_responses import error_body
+from server.error_responses import CODES_BY_STATUS, error_body
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         logger.warning("request refused status=431 bytes=%d", self._bytes_beside_body)
         message = f"the request line and headers have more than {MAX_HEAD_BYTES} bytes"
-        body = orjson.dumps(error_body(message, status=431, code="headers_too_large"))
+        body = orjson.dumps(error_body(message, status=431, code=CODES_BY_STATUS[431]))
         lines = (
             "HTTP/1.1 431 Request Header Fields Too Large",
             "content-type: application/json",
