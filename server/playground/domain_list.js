@@ -79,8 +79,10 @@ export class DomainList extends EventTarget {
     return element("button", { type: "button", className, textContent: text, "aria-label": `${text} ${domain.name}`, onclick });
   }
 
+  /** What the cache says of it, or, before the cache was seen, what the list itself said. */
   #entry(domain) {
-    return this.live.cache?.entries.find((entry) => entry.key === keyOf(domain));
+    if (this.live.cache === null) return domain.state === "absent" ? undefined : domain;
+    return this.live.cache.entries.find((entry) => entry.key === keyOf(domain));
   }
 
   /** A version in memory that is not listed here is draining, or somebody else has just registered it. */
@@ -88,7 +90,8 @@ export class DomainList extends EventTarget {
     if (this.shown === null) return;
     const unknown = (this.live.cache?.entries ?? []).map((entry) => entry.key).filter((key) => !this.isRegistered(key) && !this.#strangers.has(key));
     for (const key of unknown) this.#strangers.add(key);
-    if (unknown.length) this.refresh().then(() => this.dispatchEvent(new Event("refresh")), () => {});
+    const forget = () => unknown.forEach((key) => this.#strangers.delete(key)); // so that the next look asks again
+    if (unknown.length) this.refresh().then(() => this.dispatchEvent(new Event("refresh")), forget);
     else this.#showStates();
   }
 
@@ -146,6 +149,7 @@ export class DomainList extends EventTarget {
       this.say(element("p", { textContent: `${name} ${done}.` }));
     });
     await this.live.look();
+    if (this.live.cache === null) await this.refresh().catch(() => {}); // what the action itself said stays in sight
   }
 
   async #remove(domain) {

@@ -12,6 +12,11 @@ export class RequestFailed extends Error {
   get isAboutKey() {
     return this.code === "invalid_api_key" || this.status === 401;
   }
+
+  /** Whether the same key would be refused again. */
+  get isRefusal() {
+    return this.isAboutKey || this.status === 403;
+  }
 }
 
 /** A key that is kept in this tab's session storage only. */

@@ -38,7 +38,7 @@ export class StoreView {
         isOpen = true;
       } catch (error) {
         $("unlock-said").append(failureBox(error, { forAdmin: true }));
-        if (error.isAboutKey || error.status === 403) adminKey.value = "";
+        if (error.isRefusal) adminKey.value = "";
       }
     }
     if (!isOpen) this.domains.shown = null;
@@ -64,7 +64,7 @@ export class StoreView {
       $("tiers").replaceChildren(failureBox(this.live.failure));
       return;
     }
-    const stale = this.live.failure ? [element("p", { className: "note", textContent: "The server does not answer; this is what was seen last." })] : [];
+    const stale = this.live.failure ? [element("p", { className: "note", textContent: "Not everything was answered; this is what was seen last." })] : [];
     $("tiers").replaceChildren(...stale, ...tierDetails(this.live, this.facts, (key) => this.domains.isRegistered(key)));
     $("traffic").replaceChildren(trafficList(this.live));
   }

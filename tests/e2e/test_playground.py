@@ -378,6 +378,25 @@ def test_tiers_show_bytes_and_hit_rate_without_a_key_and_every_domain_with_it(vi
     assert page.evaluate("sessionStorage.getItem('brainstacks.admin-key')") is None
 
 
+def test_one_failed_look_at_the_cache_forgets_neither_pins_nor_the_key(visit: Visit) -> None:
+    page = visit.open("store", admin_key=ADMIN_KEY)
+    code = page.locator("[data-domain=code]")
+    code.get_by_role("button", name="Pin code").click()
+    expect(page.locator("#tiers li", has_text="code")).to_contain_text("pinned")
+    failure = {"status": 400, "json": {"error": {"message": "try again", "code": "disk_failed"}}}
+    page.route("**/admin/cache", lambda route: route.fulfill(**failure))
+    expect(page.locator("#tiers")).to_contain_text("this is what was seen last")
+    expect(page.locator("#tiers li", has_text="code")).to_contain_text("pinned")
+    expect(code).to_contain_text("pinned")
+    page.reload()
+    expect(page.locator("#tiers")).to_contain_text("the server did not tell")
+    expect(code).to_contain_text("pinned")  # as the list of domains says
+    page.get_by_role("button", name="Unpin code").click()
+    expect(code.get_by_role("button", name="Pin code", exact=True)).to_be_visible()
+    page.unroute("**/admin/cache")
+    expect(page.locator("#tiers li", has_text="code")).to_contain_text("resident")
+
+
 def test_a_domain_in_use_drains_when_it_is_deleted_and_comes_back_by_upload(
     visit: Visit, server: ServerProcess
 ) -> None:
