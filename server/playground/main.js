@@ -25,7 +25,7 @@ const chat = new Chat({ facts, picker, sampling });
 const compare = new Compare({ facts, sampling });
 const store = new StoreView({ facts, live });
 let view = "chat";
-let running = null;
+let running = null; // {asker, controller} of the answer that comes
 
 function sampling() {
   return { temperature: Number($("temperature").value), max_tokens: $("max-tokens").valueAsNumber || undefined };
@@ -62,10 +62,9 @@ function fitSettings() {
 /** Whether it is asked: not while another answer comes, nor before the server told its model. Does not wait for the answer. */
 async function ask(question) {
   if (!question.trim() || running) return false;
-  running = new AbortController();
-  const { signal } = running;
+  running = { asker: askerInView(), controller: new AbortController() };
+  const { asker, controller: { signal } } = running;
   setBusy(true);
-  const asker = view === "compare" ? compare : chat;
   const isAsked = (facts.model !== null || await learn()) && !signal.aborted;
   if (isAsked) asker.ask(question.trim(), { signal, retry: ask }).finally(finish);
   else finish();
@@ -99,9 +98,14 @@ function fitQuestion() {
   question.style.height = `${question.scrollHeight + 2}px`;
 }
 
+function askerInView() {
+  return view === "compare" ? compare : chat;
+}
+
+/** Ends what is being answered here; the other view's answer goes on. */
 function clear() {
-  running?.abort();
-  (view === "compare" ? compare : chat).clear();
+  if (running?.asker === askerInView()) running.controller.abort();
+  askerInView().clear();
   $("question").focus();
   learn(); // domains and router may have changed since the page was opened
 }
@@ -146,7 +150,7 @@ function showMemory() {
 function start() {
   $("examples").append(...EXAMPLES.map((text) => element("li", {}, element("button", { type: "button", textContent: text, onclick: () => ask(text) }))));
   $("composer").addEventListener("submit", submit);
-  $("stop").addEventListener("click", () => running?.abort());
+  $("stop").addEventListener("click", () => running?.controller.abort());
   $("new-chat").addEventListener("click", clear);
   $("question").addEventListener("input", fitQuestion);
   $("question").addEventListener("keydown", (event) => {

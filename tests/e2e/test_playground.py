@@ -303,6 +303,18 @@ def test_two_mixes_answer_one_question_side_by_side_at_once(visit: Visit) -> Non
     assert boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
 
 
+def test_clearing_the_comparison_leaves_the_chats_answer_running(visit: Visit) -> None:
+    page = visit.open()
+    ask(page, LONG, tokens=1500)
+    expect(page.locator("article[aria-busy=true] .text")).not_to_be_empty(timeout=WAIT_MILLISECONDS)
+    page.get_by_role("link", name="Compare").click()
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_role("link", name="Chat").click()
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    page.get_by_role("button", name="New chat").click()
+    expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+
+
 def test_a_wrong_api_key_is_told_and_the_right_one_mends_it_in_this_tab_only(visit: Visit) -> None:
     page = visit.open(api_key="wrong")
     alert = page.get_by_role("alert")
