@@ -301,6 +301,8 @@ def test_two_mixes_answer_one_question_side_by_side_at_once(visit: Visit) -> Non
     assert boxes[1] is not None
     assert boxes[0]["y"] == boxes[1]["y"]
     assert boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
+    told = page.locator("#announcer p").all_inner_texts()
+    assert sorted(line[:9] for line in told) == ["Answer A ", "Answer A:", "Answer B ", "Answer B:"]  # each in one piece
 
 
 def test_clearing_the_comparison_leaves_the_chats_answer_running(visit: Visit) -> None:
