@@ -44,6 +44,7 @@ export class AnswerView {
       if (last.report) summary = `Mix: ${mixInWords(last.report.mix)}.`;
     } catch (error) {
       this.failed = error.name !== "AbortError";
+      this.facts.doubt(error);
       if (this.failed) this.root.append(failureBox(error, { retry }));
       else this.#note("Stopped.");
     }

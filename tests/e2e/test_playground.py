@@ -343,6 +343,20 @@ def test_an_error_has_its_code_and_can_be_tried_again(visit: Visit) -> None:
     assert len(visit.bodies(CHAT)[-1]["messages"]) == 1  # the failed turn is not part of the chat
 
 
+def test_a_server_that_was_restarted_with_another_base_answers_the_next_try(visit: Visit) -> None:
+    page = visit.open()
+    models = {"json": {"data": [{"id": "another-base"}, {"id": "another-base:law"}]}}
+    page.route("**/v1/models", lambda route: route.fulfill(**models), times=1)
+    page.reload()
+    expect(page.locator("#server")).to_have_text("another-base · 1 domain")
+    ask(page, MATH, tokens=2)
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("model_not_found")
+    alert.get_by_role("button", name="Try again").click()
+    expect(page.locator(".report")).to_have_count(1, timeout=WAIT_MILLISECONDS)
+    expect(page.locator("#server")).to_contain_text("5 domains")
+
+
 def test_what_the_page_itself_refuses_is_told_in_words(visit: Visit) -> None:
     page = visit.open(api_key="left\N{EN DASH}right")
     alert = page.get_by_role("alert")
