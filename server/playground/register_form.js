@@ -43,12 +43,13 @@ export class RegisterForm extends EventTarget {
     this.#showSource();
   }
 
-  /** Begins a replacement. */
+  /** Begins a replacement, unless another domain is being sent. */
   fill(name) {
+    this.form.scrollIntoView({ block: "nearest" });
+    if (this.#running) return;
     this.name.value = name;
     this.#showVerb();
     this.said.replaceChildren();
-    this.form.scrollIntoView({ block: "nearest" });
     this.fileInput.focus();
   }
 
@@ -113,7 +114,7 @@ export class RegisterForm extends EventTarget {
       this.progressText.textContent = text;
       this.progress.value = share;
     };
-    const digests = await uploadAll(this.#files, { onProgress: show, signal: this.#running.signal });
+    const digests = await uploadAll([...this.#files], { onProgress: show, signal: this.#running.signal });
     return digests.map((sha256) => ({ sha256 }));
   }
 
@@ -122,7 +123,7 @@ export class RegisterForm extends EventTarget {
   }
 
   #setBusy(isBusy) {
-    for (const button of [this.submit, this.check]) button.disabled = isBusy;
+    for (const control of this.form.elements) control.disabled = isBusy && control !== this.stop; // what is sent stays in sight
     this.stop.hidden = !isBusy;
     this.progressPart.hidden = !isBusy || !this.#isUpload();
     this.form.setAttribute("aria-busy", String(isBusy));

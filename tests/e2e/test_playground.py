@@ -373,6 +373,12 @@ def test_what_the_page_itself_refuses_is_told_in_words(visit: Visit) -> None:
     page.get_by_role("button", name="Register", exact=True).click()
     expect(alert).to_contain_text("Choose at least one stack file.")
     expect(alert.locator(".codes")).to_have_text("no_stacks")
+    page.get_by_label("Stack files, one a round").set_input_files(
+        {"name": "1.safetensors", "mimeType": "application/octet-stream", "buffer": b""}
+    )
+    page.get_by_role("button", name="Register", exact=True).click()
+    expect(alert).to_contain_text("1.safetensors is empty.")
+    expect(alert.locator(".codes")).to_have_text("empty_file")
 
 
 def test_tiers_show_bytes_and_hit_rate_without_a_key_and_every_domain_with_it(visit: Visit) -> None:
@@ -458,6 +464,8 @@ def test_a_domain_in_use_drains_when_it_is_deleted_and_comes_back_by_upload(
     slow_uploads(visit, bytes_per_second=8_000_000)
     register.click()
     expect(page.get_by_label(f"Uploading {files[0].name} (2 of 2)")).to_have_attribute("value", re.compile(r"0\.[5-9]"))
+    expect(page.get_by_label("Stack files, one a round")).to_be_disabled()  # nothing changes what is on its way
+    expect(page.get_by_role("button", name="one round earlier")).to_be_disabled()
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#register [role=status]")).to_contain_text("Cancelled; the store is as it was.")
     slow_uploads(visit, bytes_per_second=-1)
