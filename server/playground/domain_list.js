@@ -28,8 +28,9 @@ export class DomainList extends EventTarget {
     facts.addEventListener("change", () => this.#showFacts());
   }
 
+  /** undefined while nothing is shown. */
   get generation() {
-    return this.shown.generation;
+    return this.shown?.generation;
   }
 
   has(name) {
@@ -40,9 +41,12 @@ export class DomainList extends EventTarget {
     return this.shown === null || this.shown.domains.some((domain) => keyOf(domain) === key);
   }
 
-  /** RequestFailed with a wrong key. */
+  /** RequestFailed with a wrong key. Shows nothing if the key was changed or forgotten meanwhile. */
   async refresh() {
-    this.shown = await call("GET", "admin/domains", { key: adminKey });
+    const asked = adminKey.value;
+    const told = await call("GET", "admin/domains", { key: adminKey });
+    if (adminKey.value !== asked) return;
+    this.shown = told;
     this.#items.clear();
     const focused = this.list.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
     this.list.replaceChildren(...this.shown.domains.map((domain) => this.#item(domain)));

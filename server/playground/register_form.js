@@ -94,8 +94,10 @@ export class RegisterForm extends EventTarget {
       const stacks = this.#isUpload() ? await this.#uploaded() : this.#named();
       if (!stacks.length) throw new RequestFailed(this.#isUpload() ? "Choose at least one stack file." : "Name at least one path.", { code: "no_stacks" });
       this.stop.hidden = true; // nobody can take back what the server is asked now
+      const { generation } = this.domains;
+      if (generation === undefined) throw new RequestFailed("The key was forgotten meanwhile; the store is as it was.", { code: "invalid_api_key" });
       const path = `admin/domains/${encodeURIComponent(name)}`;
-      const answer = await call("PUT", path, { key: adminKey, body: { stacks, dry_run: isDry }, generation: this.domains.generation });
+      const answer = await call("PUT", path, { key: adminKey, body: { stacks, dry_run: isDry }, generation });
       this.#say(told(answer));
       if (!isDry) this.#reset();
     } catch (error) {

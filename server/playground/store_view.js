@@ -28,19 +28,20 @@ export class StoreView {
     });
   }
 
-  /** Tries the key, if there is one, and shows what it opens. */
+  /** Tries the key, if there is one, and shows what it opens. What was open stays so unless the key is refused. */
   async open() {
+    const asked = adminKey.value;
+    let failure = null;
     $("unlock-said").replaceChildren();
-    let isOpen = false;
-    if (adminKey.value) {
-      try {
-        await this.domains.refresh();
-        isOpen = true;
-      } catch (error) {
-        $("unlock-said").append(failureBox(error, { forAdmin: true }));
-        if (error.isRefusal) adminKey.value = "";
-      }
+    try {
+      if (asked) await this.domains.refresh();
+    } catch (error) {
+      failure = error;
     }
+    if (adminKey.value !== asked) return; // whoever changed it has opened anew
+    if (failure !== null) $("unlock-said").replaceChildren(failureBox(failure, { forAdmin: true }));
+    if (failure?.isRefusal) adminKey.value = "";
+    const isOpen = adminKey.value !== "" && this.domains.shown !== null;
     if (!isOpen) this.domains.shown = null;
     $("unlock-note").hidden = isOpen;
     $("forget-key").hidden = !isOpen;

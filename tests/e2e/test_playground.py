@@ -363,12 +363,10 @@ def test_what_the_page_itself_refuses_is_told_in_words(visit: Visit) -> None:
     expect(alert).to_contain_text("The API key holds “\N{EN DASH}”")
     expect(page.get_by_label("API key")).to_be_focused()
     page.get_by_role("link", name="Store", exact=True).first.click()
-    page.get_by_label("Admin key").fill("\N{SNOWMAN}")
-    page.get_by_label("Admin key").press("Enter")
+    enter_admin_key(page, "\N{SNOWMAN}")
     expect(alert).to_contain_text("The admin key holds “\N{SNOWMAN}”")
     expect(alert).to_contain_text("Enter the right admin key")
-    page.get_by_label("Admin key").fill(ADMIN_KEY)
-    page.get_by_label("Admin key").press("Enter")
+    enter_admin_key(page, ADMIN_KEY)
     page.get_by_label("Name").fill("law")
     page.get_by_role("button", name="Register", exact=True).click()
     expect(alert).to_contain_text("Choose at least one stack file.")
@@ -389,15 +387,13 @@ def test_tiers_show_bytes_and_hit_rate_without_a_key_and_every_domain_with_it(vi
     expect(tiers).to_contain_text("needs the admin key")
     expect(page.locator("#domains-card")).to_be_hidden()
 
-    page.get_by_label("Admin key").fill("nonsense")
-    page.get_by_label("Admin key").press("Enter")
+    enter_admin_key(page, "nonsense")
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("the admin key is missing or wrong")
     expect(alert).to_contain_text("Enter the right admin key")
     expect(page.locator("#domains-card")).to_be_hidden()
 
-    page.get_by_label("Admin key").fill(ADMIN_KEY)
-    page.get_by_label("Admin key").press("Enter")
+    enter_admin_key(page, ADMIN_KEY)
     expect(alert).to_have_count(0)
     code = page.locator("[data-domain=code]")
     code.get_by_role("button", name="Pin code").click()
@@ -429,6 +425,35 @@ def test_one_failed_look_at_the_cache_forgets_neither_pins_nor_the_key(visit: Vi
     expect(code.get_by_role("button", name="Pin code", exact=True)).to_be_visible()
     page.unroute("**/admin/cache")
     expect(page.locator("#tiers li", has_text="code")).to_contain_text("resident")
+
+
+def test_what_is_told_of_an_older_key_changes_nothing(visit: Visit) -> None:
+    page = visit.open("store")
+    held: list[Route] = []
+    page.route("**/admin/domains", lambda route: held.append(route))
+    with page.expect_request("**/admin/domains"):
+        enter_admin_key(page, "nonsense")
+    with page.expect_request("**/admin/domains"):
+        enter_admin_key(page, ADMIN_KEY)
+    with page.expect_response("**/admin/domains"):
+        held[0].continue_()
+    with page.expect_response("**/admin/domains"):
+        held[1].continue_()
+    expect(page.locator("[data-domain]")).to_have_count(len(DOMAINS))
+    expect(page.get_by_role("alert")).to_have_count(0)
+    with page.expect_request("**/admin/domains"):
+        enter_admin_key(page, ADMIN_KEY)
+    page.get_by_role("button", name="Forget").click()
+    with page.expect_response("**/admin/domains"):
+        held[2].continue_()
+    with page.expect_response("**/metrics"):  # by when the page has read what came before
+        pass
+    expect(page.locator("#domains-card")).to_be_hidden()
+
+
+def enter_admin_key(page: Page, key: str) -> None:
+    page.get_by_label("Admin key").fill(key)
+    page.get_by_label("Admin key").press("Enter")
 
 
 def test_a_domain_in_use_drains_when_it_is_deleted_and_comes_back_by_upload(
