@@ -670,6 +670,23 @@ def test_the_scheme_can_be_chosen_and_is_remembered(visit: Visit) -> None:
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == dark
 
 
+def test_the_page_works_where_the_browser_keeps_nothing(visit: Visit) -> None:
+    page = visit.page
+    page.add_init_script(
+        """for (const name of ["localStorage", "sessionStorage"]) Object.defineProperty(window, name, {
+            get() { throw new DOMException("site data is blocked", "SecurityError"); } });"""
+    )
+    page.goto(visit.url)
+    page.get_by_label("API key").fill("secret")
+    page.get_by_label("API key").press("Enter")
+    expect(page.locator("#server")).to_contain_text("5 domains")
+    page.get_by_role("button", name="Dark theme").click()
+    expect(page.get_by_role("button", name="Dark theme")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("link", name="Store", exact=True).first.click()
+    enter_admin_key(page, ADMIN_KEY)
+    expect(page.locator("[data-domain]")).to_have_count(len(DOMAINS))
+
+
 @pytest.mark.parametrize("visit", [{"reduced_motion": "reduce"}], indirect=True)
 def test_nothing_moves_for_those_who_do_not_want_it(visit: Visit) -> None:
     page = visit.open()
