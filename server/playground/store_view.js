@@ -62,7 +62,8 @@ export class StoreView {
 
   #show() {
     if (!this.live.metrics) {
-      $("tiers").replaceChildren(failureBox(this.live.failure));
+      const told = $("tiers").querySelector(".message")?.textContent;
+      if (told !== this.live.failure.message) $("tiers").replaceChildren(failureBox(this.live.failure)); // an alert is read out once
       return;
     }
     const stale = this.live.failure ? [element("p", { className: "note", textContent: "Not everything was answered; this is what was seen last." })] : [];
