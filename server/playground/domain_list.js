@@ -20,7 +20,7 @@ export class DomainList extends EventTarget {
     Object.assign(this, { facts, live, replace });
     this.filter = element("input", { type: "search", placeholder: "Filter", "aria-label": "Filter domains" });
     this.filter.addEventListener("input", () => this.#applyFilter());
-    this.list = element("ul", { className: "domains", role: "list" });
+    this.list = element("ul", { className: "domains", role: "list", tabIndex: -1 });
     this.router = element("p", { className: "note" });
     this.said = element("div", { role: "status" });
     holder.append(this.filter, this.list, this.said, this.router);
@@ -167,9 +167,9 @@ export class DomainList extends EventTarget {
       if (!isDone) this.#drains.set(keyOf(domain), line);
       this.say(line);
     });
-    await this.refresh();
+    await this.refresh().catch(() => {}); // what the deletion itself said stays in sight
     this.dispatchEvent(new Event("change"));
-    this.list.querySelector("button")?.focus(); // the button that was pressed is gone
+    if (document.activeElement === document.body) (this.list.querySelector("button") ?? this.list).focus(); // the button that was pressed is gone
   }
 
   async #attempt(work) {

@@ -1,7 +1,7 @@
 // Puts the page together: views, composer, settings. Knows every part, and what runs now.
 import { Chat } from "./chat.js";
 import { Compare } from "./compare.js";
-import { $, counted, element } from "./dom.js";
+import { $, counted, element, passFocus } from "./dom.js";
 import { failureBox } from "./failure_box.js";
 import { Live } from "./live.js";
 import { MixPicker } from "./mix_picker.js";
@@ -92,6 +92,11 @@ async function submit(event) {
   fitQuestion();
 }
 
+/** Whether the key belongs to an input method. Safari ends the composition before it tells the key, so that only its code is left. */
+function isComposing(event) {
+  return event.isComposing || event.keyCode === 229;
+}
+
 function fitQuestion() {
   const question = $("question");
   question.style.height = "auto";
@@ -114,21 +119,30 @@ function clear() {
 
 /** Whether the server told. What went wrong is shown where answers appear. */
 async function learn() {
-  $("server-failure")?.remove();
   try {
     await facts.refresh();
+    dropServerFailure($("main"));
     return true;
   } catch (error) {
-    $("server-failure")?.remove(); // of somebody who asked meanwhile
     const box = failureBox(error, { retry: learn });
-    box.id = "server-failure";
+    box.classList.add("of-server");
     document.querySelector(".stage").prepend(box);
+    dropServerFailure(box.querySelector("button"));
     $("server").textContent = error.isAboutKey ? "needs a key" : "not reached";
     if (error.isAboutKey) {
       $("settings").open = true;
       $("api-key").focus();
     }
     return false;
+  }
+}
+
+/** All but the newest, whose `next` inherits the focus. */
+function dropServerFailure(next) {
+  for (const box of document.querySelectorAll(".of-server")) {
+    if (box.contains(next)) continue;
+    passFocus(box, next);
+    box.remove();
   }
 }
 
@@ -154,7 +168,7 @@ function start() {
   $("new-chat").addEventListener("click", clear);
   $("question").addEventListener("input", fitQuestion);
   $("question").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
+    if (event.key === "Enter" && !event.shiftKey && !isComposing(event)) submit(event);
   });
   for (const id of ["temperature", "max-tokens"]) $(id).addEventListener("input", showSettings);
   picker.addEventListener("change", showSettings);

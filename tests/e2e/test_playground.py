@@ -36,6 +36,9 @@ PHONE = {"width": 360, "height": 740}
 CHAT = "/v1/chat/completions"
 LONG = "Tell me a long story about a lighthouse keeper."
 FIRST_PIECE = f"data: {json.dumps({'choices': [{'delta': {'content': 'Eggs are'}}]})}\n\n"
+SCORES = {f"domain-{number}": number / 100 for number in range(10)}
+REPORT = {"scores": SCORES, "mix": {"domain-9": 0.09}, "cold": [], "seconds": {"decode": 1}}
+MANY_DOMAINS = f"data: {json.dumps({'choices': [], 'brainstacks': REPORT})}\n\ndata: [DONE]\n\n"
 LATE_ERROR = f"data: {json.dumps({'error': {'message': 'the engine failed', 'code': 'engine_failed'}})}\n\n"
 
 
@@ -302,7 +305,12 @@ def test_two_mixes_answer_one_question_side_by_side_at_once(visit: Visit) -> Non
     assert boxes[0]["y"] == boxes[1]["y"]
     assert boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
     told = page.locator("#announcer p").all_inner_texts()
-    assert sorted(line[:9] for line in told) == ["Answer A ", "Answer A:", "Answer B ", "Answer B:"]  # each in one piece
+    assert sorted(line[:9] for line in told) == [
+        "Answer A ",
+        "Answer A:",
+        "Answer B ",
+        "Answer B:",
+    ]  # each in one piece
 
 
 def test_clearing_the_comparison_leaves_the_chats_answer_running(visit: Visit) -> None:
@@ -491,14 +499,17 @@ def test_a_domain_in_use_drains_when_it_is_deleted_and_comes_back_by_upload(
     expect(page.get_by_label(f"Uploading {files[0].name} (2 of 2)")).to_have_attribute("value", re.compile(r"0\.[5-9]"))
     expect(page.get_by_label("Stack files, one a round")).to_be_disabled()  # nothing changes what is on its way
     expect(page.get_by_role("button", name="one round earlier")).to_be_disabled()
-    page.get_by_role("button", name="Cancel").click()
+    cancel = page.get_by_role("button", name="Cancel")
+    expect(cancel).to_be_focused()
+    cancel.click()
+    expect(register).to_be_focused()
     expect(page.locator("#register [role=status]")).to_contain_text("Cancelled; the store is as it was.")
     slow_uploads(visit, bytes_per_second=-1)
     held: list[Route] = []
     page.route("**/admin/domains/medical", lambda route: held.append(route), times=1)
     register.click()
     expect(page.get_by_label("Verifying and registering")).to_be_visible()
-    expect(page.get_by_role("button", name="Cancel")).to_be_hidden()  # the server goes on whatever the page does
+    expect(cancel).to_be_hidden()  # the server goes on whatever the page does
     held[0].continue_()
     expect(page.locator("#register [role=status]")).to_contain_text("Registered: medical, 2 rounds")
     expect(page.locator("[data-domain=medical]")).to_contain_text("on disk")
@@ -569,9 +580,15 @@ def test_a_phone_shows_everything_without_scrolling_sideways(visit: Visit) -> No
     ask_on_phone(page, MEDICAL)
     expect(page.locator("#view-compare .report")).to_have_count(2, timeout=WAIT_MILLISECONDS)
     assert overflowing(page) == []
+    expect(page.get_by_role("button", name="Clear")).to_have_css(
+        "font-size", "15px"
+    )  # its name is read, no sign stands for it
     page.get_by_role("link", name="Store").click()
     expect(page.locator("[data-domain]")).to_have_count(len(DOMAINS))
     assert overflowing(page) == []
+    typed = page.locator("textarea, input:not([type=range], [type=radio], [type=file])")
+    sizes = typed.evaluate_all("(all) => all.map((e) => getComputedStyle(e).fontSize)")
+    assert set(sizes) == {"16px"}  # phones zoom in on anything smaller
 
 
 def ask_on_phone(page: Page, question: str) -> None:
@@ -642,6 +659,49 @@ def test_everything_works_by_keyboard_alone(visit: Visit) -> None:
     expect(page.get_by_role("slider", name="chat")).to_have_value("1")
     page.get_by_role("link", name="Compare").press("Enter")
     expect(page.locator("#view-compare")).to_be_visible()
+
+
+def test_the_focus_stays_near_what_was_used(visit: Visit) -> None:
+    page = visit.page
+    refused = {"status": 404, "json": {"error": {"message": "no", "code": "not_found"}}}
+    page.route("**/v1/models", lambda route: route.fulfill(**refused), times=1)
+    visit.open()
+    page.get_by_role("button", name="Try again").press("Enter")
+    expect(page.locator("#main")).to_be_focused()
+    page.route(f"**{CHAT}", lambda route: route.fulfill(content_type="text/event-stream", body=MANY_DOMAINS))
+    page.route(f"**{CHAT}", lambda route: route.fulfill(**refused), times=1)
+    page.get_by_role("button", name="What is diabetes?").press("Enter")
+    conversation = page.get_by_role("region", name="Conversation")
+    expect(conversation).to_be_focused()
+    page.get_by_role("button", name="Try again").press("Enter")
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(conversation).to_be_focused()
+    expect(page.locator(".report tbody tr:visible")).to_have_count(5)
+    page.get_by_role("button", name="Show 5 domains more").press("Enter")
+    expect(page.locator(".report tbody tr:visible")).to_have_count(10)
+    expect(page.get_by_role("button", name="Show fewer")).to_be_focused()
+
+
+def test_enter_of_an_input_method_sends_nothing(visit: Visit) -> None:
+    page = visit.open()
+    question = page.get_by_label("Your question")
+    question.fill(MATH)
+    for composing in ({"isComposing": True}, {"keyCode": 229}):  # the second is Safari's
+        question.dispatch_event("keydown", {"key": "Enter", "bubbles": True, **composing})
+        assert page.get_by_role("button", name="Stop").is_hidden()
+
+
+def test_a_failure_that_lasts_is_read_out_once(visit: Visit) -> None:
+    page = visit.page
+    refused = {"status": 404, "json": {"error": {"message": "no metrics", "code": "not_found"}}}
+    page.route("**/metrics", lambda route: route.fulfill(**refused))
+    visit.open("store")
+    box = page.locator("#tiers").get_by_role("alert")
+    box.evaluate("(e) => { e.dataset.seen = 'before'; }")
+    for _ in range(2):
+        with page.expect_response("**/metrics"):
+            pass
+    expect(box).to_have_attribute("data-seen", "before")
 
 
 def next_focus(page: Page) -> str:
