@@ -305,12 +305,8 @@ def test_two_mixes_answer_one_question_side_by_side_at_once(visit: Visit) -> Non
     assert boxes[0]["y"] == boxes[1]["y"]
     assert boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
     told = page.locator("#announcer p").all_inner_texts()
-    assert sorted(line[:9] for line in told) == [
-        "Answer A ",
-        "Answer A:",
-        "Answer B ",
-        "Answer B:",
-    ]  # each in one piece
+    # One line when it begins and one for the whole of it.
+    assert sorted(line[:9] for line in told) == ["Answer A ", "Answer A:", "Answer B ", "Answer B:"]
 
 
 def test_clearing_the_comparison_leaves_the_chats_answer_running(visit: Visit) -> None:
@@ -580,9 +576,7 @@ def test_a_phone_shows_everything_without_scrolling_sideways(visit: Visit) -> No
     ask_on_phone(page, MEDICAL)
     expect(page.locator("#view-compare .report")).to_have_count(2, timeout=WAIT_MILLISECONDS)
     assert overflowing(page) == []
-    expect(page.get_by_role("button", name="Clear")).to_have_css(
-        "font-size", "15px"
-    )  # its name is read, no sign stands for it
+    expect(page.get_by_role("button", name="Clear")).to_have_css("font-size", "15px")  # a word, not a sign
     page.get_by_role("link", name="Store").click()
     expect(page.locator("[data-domain]")).to_have_count(len(DOMAINS))
     assert overflowing(page) == []
