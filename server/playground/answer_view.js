@@ -12,9 +12,9 @@ export class AnswerView {
   succeeded = false;
   failed = false; // neither succeeded nor was stopped
 
-  constructor(facts, { label = "Answer", title = null } = {}) {
-    this.facts = facts;
-    this.label = label;
+  /** `isOneOfTwo`: another one comes at the same time. */
+  constructor(facts, { label = "Answer", title = null, isOneOfTwo = false } = {}) {
+    Object.assign(this, { facts, label, isOneOfTwo });
     this.progress = element("p", { className: "figures", textContent: "The mix is being decided…" });
     this.root = element("article", { className: "answer waiting", "aria-label": label, "aria-busy": "true" },
       title && element("p", { className: "side-title", textContent: title }), this.text.root, this.progress);
@@ -23,7 +23,7 @@ export class AnswerView {
   /** Ends with the answer, whatever becomes of it. `onGrowth` runs after each piece; `retry` is offered on failure. */
   async stream(body, { signal, onGrowth = () => {}, retry = null }) {
     const onMix = (mix) => { this.progress.textContent = `Answered by ${mixInWords(mix)}`; };
-    const spoken = new SpokenAnswer(this.label);
+    const spoken = new SpokenAnswer(this.label, { isWhole: this.isOneOfTwo });
     const last = {};
     let summary = "";
     try {
@@ -44,6 +44,7 @@ export class AnswerView {
       if (last.report) summary = `Mix: ${mixInWords(last.report.mix)}.`;
     } catch (error) {
       this.failed = error.name !== "AbortError";
+      this.facts.doubt(error);
       if (this.failed) this.root.append(failureBox(error, { retry }));
       else this.#note("Stopped.");
     }

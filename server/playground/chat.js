@@ -1,6 +1,6 @@
 // The conversation: its turns, in order, and what is asked next. Knows nothing of settings but the fields they give.
 import { AnswerView } from "./answer_view.js";
-import { $, element } from "./dom.js";
+import { $, element, passFocus } from "./dom.js";
 import { LogScroll } from "./log_scroll.js";
 
 export class Chat {
@@ -14,6 +14,7 @@ export class Chat {
 
   /** One turn. A failed one leaves the conversation as it was before, so that `retry` can ask again if it accepts it. */
   async ask(question, { signal, retry }) {
+    passFocus($("chat-hint"), this.scroll.root);
     $("chat-hint").hidden = true;
     const messages = this.#messages; // a new chat may begin while the answer comes: it is still this one's
     const asked = element("p", { className: "asked", textContent: question });
@@ -24,6 +25,7 @@ export class Chat {
     const body = { model: this.facts.model, messages, brainstacks: this.picker.field, ...this.sampling() };
     const again = async () => {
       if (!await retry(question)) return;
+      passFocus(answer.root, this.scroll.root);
       asked.remove();
       answer.root.remove();
     };

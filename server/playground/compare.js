@@ -24,7 +24,7 @@ export class Compare {
     $("compare-hint").hidden = true;
     const seed = Math.floor(Math.random() * MAX_SEED);
     const pairs = this.sides.map(({ name, picker }) => {
-      const view = new AnswerView(this.facts, { label: `Answer ${name}`, title: `${name} · ${picker.inWords}` });
+      const view = new AnswerView(this.facts, { label: `Answer ${name}`, title: `${name} · ${picker.inWords}`, isOneOfTwo: true });
       return { view, field: picker.field };
     });
     this.scroll.root.append(element("p", { className: "asked", textContent: question }),

@@ -13,6 +13,11 @@ export function element(tag, properties = {}, ...children) {
 
 export const $ = (id) => document.getElementById(id);
 
+/** Before `from` is hidden or removed: a focus within it would fall back to the start of the page. */
+export function passFocus(from, to) {
+  if (from.contains(document.activeElement)) to.focus({ preventScroll: true });
+}
+
 /** Gives an element, and what is in it, the colour of a domain; `hue` in degrees. */
 export function hued(made, hue) {
   made.classList.add("hued");

@@ -20,7 +20,7 @@ export class DomainList extends EventTarget {
     Object.assign(this, { facts, live, replace });
     this.filter = element("input", { type: "search", placeholder: "Filter", "aria-label": "Filter domains" });
     this.filter.addEventListener("input", () => this.#applyFilter());
-    this.list = element("ul", { className: "domains", role: "list" });
+    this.list = element("ul", { className: "domains", role: "list", tabIndex: -1 });
     this.router = element("p", { className: "note" });
     this.said = element("div", { role: "status" });
     holder.append(this.filter, this.list, this.said, this.router);
@@ -28,8 +28,9 @@ export class DomainList extends EventTarget {
     facts.addEventListener("change", () => this.#showFacts());
   }
 
+  /** undefined while nothing is shown. */
   get generation() {
-    return this.shown.generation;
+    return this.shown?.generation;
   }
 
   has(name) {
@@ -40,9 +41,12 @@ export class DomainList extends EventTarget {
     return this.shown === null || this.shown.domains.some((domain) => keyOf(domain) === key);
   }
 
-  /** RequestFailed with a wrong key. */
+  /** RequestFailed with a wrong key. Shows nothing if the key was changed or forgotten meanwhile. */
   async refresh() {
-    this.shown = await call("GET", "admin/domains", { key: adminKey });
+    const asked = adminKey.value;
+    const told = await call("GET", "admin/domains", { key: adminKey });
+    if (adminKey.value !== asked) return;
+    this.shown = told;
     this.#items.clear();
     const focused = this.list.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
     this.list.replaceChildren(...this.shown.domains.map((domain) => this.#item(domain)));
@@ -79,8 +83,10 @@ export class DomainList extends EventTarget {
     return element("button", { type: "button", className, textContent: text, "aria-label": `${text} ${domain.name}`, onclick });
   }
 
+  /** What the cache says of it, or, before the cache was seen, what the list itself said. */
   #entry(domain) {
-    return this.live.cache?.entries.find((entry) => entry.key === keyOf(domain));
+    if (this.live.cache === null) return domain.state === "absent" ? undefined : domain;
+    return this.live.cache.entries.find((entry) => entry.key === keyOf(domain));
   }
 
   /** A version in memory that is not listed here is draining, or somebody else has just registered it. */
@@ -88,7 +94,8 @@ export class DomainList extends EventTarget {
     if (this.shown === null) return;
     const unknown = (this.live.cache?.entries ?? []).map((entry) => entry.key).filter((key) => !this.isRegistered(key) && !this.#strangers.has(key));
     for (const key of unknown) this.#strangers.add(key);
-    if (unknown.length) this.refresh().then(() => this.dispatchEvent(new Event("refresh")), () => {});
+    const forget = () => unknown.forEach((key) => this.#strangers.delete(key)); // so that the next look asks again
+    if (unknown.length) this.refresh().then(() => this.dispatchEvent(new Event("refresh")), forget);
     else this.#showStates();
   }
 
@@ -146,6 +153,7 @@ export class DomainList extends EventTarget {
       this.say(element("p", { textContent: `${name} ${done}.` }));
     });
     await this.live.look();
+    if (this.live.cache === null) await this.refresh().catch(() => {}); // what the action itself said stays in sight
   }
 
   async #remove(domain) {
@@ -159,9 +167,9 @@ export class DomainList extends EventTarget {
       if (!isDone) this.#drains.set(keyOf(domain), line);
       this.say(line);
     });
-    await this.refresh();
+    await this.refresh().catch(() => {}); // what the deletion itself said stays in sight
     this.dispatchEvent(new Event("change"));
-    this.list.querySelector("button")?.focus(); // the button that was pressed is gone
+    if (document.activeElement === document.body) (this.list.querySelector("button") ?? this.list).focus(); // the button that was pressed is gone
   }
 
   async #attempt(work) {

@@ -39,6 +39,7 @@ export class Live extends EventTarget {
   metrics = null;
   cache = null;
   failure = null;
+  isLocked = true; // whether the cache may not be seen
   isHurried = false;
   #timer = null;
 
@@ -55,22 +56,36 @@ export class Live extends EventTarget {
 
   async look() {
     clearTimeout(this.#timer);
-    await Promise.all([this.#lookAtMetrics(), this.#lookAtCache()]);
+    const failures = await Promise.all([this.#lookAtMetrics(), this.#lookAtCache()]);
+    this.failure = failures.find((failure) => failure !== null) ?? null;
     this.dispatchEvent(new Event("change"));
     clearTimeout(this.#timer);
     if (!document.hidden) this.#timer = setTimeout(() => this.look(), this.isHurried ? HURRIED_MILLISECONDS : CALM_MILLISECONDS);
   }
 
+  /** What went wrong, or null. */
   async #lookAtMetrics() {
     try {
       this.metrics = new Metrics(await metricsText());
-      this.failure = null;
+      return null;
     } catch (error) {
-      this.failure = error;
+      return error;
     }
   }
 
+  /** The same. What was seen last stays unless the key is gone or refused, after which nothing would renew it. */
   async #lookAtCache() {
-    this.cache = adminKey.value ? await call("GET", "admin/cache", { key: adminKey }).catch(() => null) : null;
+    const asked = adminKey.value;
+    let seen = null;
+    let failure = null;
+    try {
+      if (asked) seen = await call("GET", "admin/cache", { key: adminKey });
+    } catch (error) {
+      failure = error;
+    }
+    if (adminKey.value !== asked) return null; // another look asks with the key of now
+    this.isLocked = !asked || (failure?.isRefusal ?? false);
+    if (this.isLocked || failure === null) this.cache = seen;
+    return this.isLocked ? null : failure;
   }
 }

@@ -1,7 +1,7 @@
 // Puts the page together: views, composer, settings. Knows every part, and what runs now.
 import { Chat } from "./chat.js";
 import { Compare } from "./compare.js";
-import { $, counted, element } from "./dom.js";
+import { $, counted, element, passFocus } from "./dom.js";
 import { failureBox } from "./failure_box.js";
 import { Live } from "./live.js";
 import { MixPicker } from "./mix_picker.js";
@@ -25,7 +25,7 @@ const chat = new Chat({ facts, picker, sampling });
 const compare = new Compare({ facts, sampling });
 const store = new StoreView({ facts, live });
 let view = "chat";
-let running = null;
+let running = null; // {asker, controller} of the answer that comes
 
 function sampling() {
   return { temperature: Number($("temperature").value), max_tokens: $("max-tokens").valueAsNumber || undefined };
@@ -62,10 +62,9 @@ function fitSettings() {
 /** Whether it is asked: not while another answer comes, nor before the server told its model. Does not wait for the answer. */
 async function ask(question) {
   if (!question.trim() || running) return false;
-  running = new AbortController();
-  const { signal } = running;
+  running = { asker: askerInView(), controller: new AbortController() };
+  const { asker, controller: { signal } } = running;
   setBusy(true);
-  const asker = view === "compare" ? compare : chat;
   const isAsked = (facts.model !== null || await learn()) && !signal.aborted;
   if (isAsked) asker.ask(question.trim(), { signal, retry: ask }).finally(finish);
   else finish();
@@ -93,15 +92,25 @@ async function submit(event) {
   fitQuestion();
 }
 
+/** Whether the key belongs to an input method. Safari ends the composition before it tells the key, so that only its code is left. */
+function isComposing(event) {
+  return event.isComposing || event.keyCode === 229;
+}
+
 function fitQuestion() {
   const question = $("question");
   question.style.height = "auto";
   question.style.height = `${question.scrollHeight + 2}px`;
 }
 
+function askerInView() {
+  return view === "compare" ? compare : chat;
+}
+
+/** Ends what is being answered here; the other view's answer goes on. */
 function clear() {
-  running?.abort();
-  (view === "compare" ? compare : chat).clear();
+  if (running?.asker === askerInView()) running.controller.abort();
+  askerInView().clear();
   $("question").focus();
   learn(); // domains and router may have changed since the page was opened
 }
@@ -110,21 +119,30 @@ function clear() {
 
 /** Whether the server told. What went wrong is shown where answers appear. */
 async function learn() {
-  $("server-failure")?.remove();
   try {
     await facts.refresh();
+    dropServerFailure($("main"));
     return true;
   } catch (error) {
-    $("server-failure")?.remove(); // of somebody who asked meanwhile
     const box = failureBox(error, { retry: learn });
-    box.id = "server-failure";
+    box.classList.add("of-server");
     document.querySelector(".stage").prepend(box);
+    dropServerFailure(box.querySelector("button"));
     $("server").textContent = error.isAboutKey ? "needs a key" : "not reached";
     if (error.isAboutKey) {
       $("settings").open = true;
       $("api-key").focus();
     }
     return false;
+  }
+}
+
+/** All but the newest, whose `next` inherits the focus. */
+function dropServerFailure(next) {
+  for (const box of document.querySelectorAll(".of-server")) {
+    if (box.contains(next)) continue;
+    passFocus(box, next);
+    box.remove();
   }
 }
 
@@ -146,11 +164,11 @@ function showMemory() {
 function start() {
   $("examples").append(...EXAMPLES.map((text) => element("li", {}, element("button", { type: "button", textContent: text, onclick: () => ask(text) }))));
   $("composer").addEventListener("submit", submit);
-  $("stop").addEventListener("click", () => running?.abort());
+  $("stop").addEventListener("click", () => running?.controller.abort());
   $("new-chat").addEventListener("click", clear);
   $("question").addEventListener("input", fitQuestion);
   $("question").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
+    if (event.key === "Enter" && !event.shiftKey && !isComposing(event)) submit(event);
   });
   for (const id of ["temperature", "max-tokens"]) $(id).addEventListener("input", showSettings);
   picker.addEventListener("change", showSettings);

@@ -84,10 +84,11 @@ function unfold(body, rows) {
   if (unused.length <= UNUSED_SHOWN + 1) return null;
   const folded = [...body.rows].slice(rows.length - unused.length + UNUSED_SHOWN);
   for (const row of folded) row.hidden = true;
-  const button = element("button", { type: "button", className: "link", textContent: `Show ${counted(folded.length, "domain")} more below the threshold` });
+  const more = `Show ${counted(folded.length, "domain")} more below the threshold`;
+  const button = element("button", { type: "button", className: "link", textContent: more });
   button.addEventListener("click", () => {
-    for (const row of folded) row.hidden = false;
-    button.remove();
+    for (const row of folded) row.hidden = !row.hidden;
+    button.textContent = folded[0].hidden ? more : "Show fewer";
   });
   return button;
 }

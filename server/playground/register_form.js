@@ -1,5 +1,5 @@
 // Registers or replaces a domain, from files of this computer or paths on the server. Knows one form and its progress.
-import { counted, element, inBytes } from "./dom.js";
+import { counted, element, inBytes, passFocus } from "./dom.js";
 import { failureBox } from "./failure_box.js";
 import { adminKey, call, RequestFailed } from "./server.js";
 import { uploadAll } from "./uploads.js";
@@ -8,6 +8,7 @@ import { uploadAll } from "./uploads.js";
 export class RegisterForm extends EventTarget {
   #files = [];
   #running = null;
+  #from = null; // what had the focus when it began
 
   /** `domains` tells which names are taken and which generation was seen. */
   constructor(holder, { domains }) {
@@ -28,7 +29,7 @@ export class RegisterForm extends EventTarget {
     this.progress = element("progress", { id: "upload-progress", max: 1, value: 0 });
     this.progressPart = element("div", { className: "progress", hidden: true }, this.progressText, this.progress);
     this.said = element("div", { role: "status" });
-    this.form = element("form", { className: "register", autocomplete: "off" },
+    this.form = element("form", { className: "register", autocomplete: "off", tabIndex: -1 },
       element("div", { className: "field" }, element("label", { for: "domain-name", textContent: "Name" }), this.name),
       element("fieldset", { className: "segments wide" }, element("legend", { className: "hidden", textContent: "Where the files are" }), ...this.sources),
       this.uploadPart, this.pathPart, this.progressPart,
@@ -43,12 +44,13 @@ export class RegisterForm extends EventTarget {
     this.#showSource();
   }
 
-  /** Begins a replacement. */
+  /** Begins a replacement, unless another domain is being sent. */
   fill(name) {
+    this.form.scrollIntoView({ block: "nearest" });
+    if (this.#running) return;
     this.name.value = name;
     this.#showVerb();
     this.said.replaceChildren();
-    this.form.scrollIntoView({ block: "nearest" });
     this.fileInput.focus();
   }
 
@@ -92,9 +94,12 @@ export class RegisterForm extends EventTarget {
     try {
       const stacks = this.#isUpload() ? await this.#uploaded() : this.#named();
       if (!stacks.length) throw new RequestFailed(this.#isUpload() ? "Choose at least one stack file." : "Name at least one path.", { code: "no_stacks" });
+      passFocus(this.stop, this.form);
       this.stop.hidden = true; // nobody can take back what the server is asked now
+      const { generation } = this.domains;
+      if (generation === undefined) throw new RequestFailed("The key was forgotten meanwhile; the store is as it was.", { code: "invalid_api_key" });
       const path = `admin/domains/${encodeURIComponent(name)}`;
-      const answer = await call("PUT", path, { key: adminKey, body: { stacks, dry_run: isDry }, generation: this.domains.generation });
+      const answer = await call("PUT", path, { key: adminKey, body: { stacks, dry_run: isDry }, generation });
       this.#say(told(answer));
       if (!isDry) this.#reset();
     } catch (error) {
@@ -113,7 +118,7 @@ export class RegisterForm extends EventTarget {
       this.progressText.textContent = text;
       this.progress.value = share;
     };
-    const digests = await uploadAll(this.#files, { onProgress: show, signal: this.#running.signal });
+    const digests = await uploadAll([...this.#files], { onProgress: show, signal: this.#running.signal });
     return digests.map((sha256) => ({ sha256 }));
   }
 
@@ -122,10 +127,13 @@ export class RegisterForm extends EventTarget {
   }
 
   #setBusy(isBusy) {
-    for (const button of [this.submit, this.check]) button.disabled = isBusy;
+    const hadFocus = this.form.contains(document.activeElement);
+    if (isBusy) this.#from = document.activeElement;
+    for (const control of this.form.elements) control.disabled = isBusy && control !== this.stop; // what is sent stays in sight
     this.stop.hidden = !isBusy;
     this.progressPart.hidden = !isBusy || !this.#isUpload();
     this.form.setAttribute("aria-busy", String(isBusy));
+    if (hadFocus) (isBusy ? this.stop : this.#from).focus();
   }
 
   #say(text) {

@@ -12,22 +12,40 @@ export class RequestFailed extends Error {
   get isAboutKey() {
     return this.code === "invalid_api_key" || this.status === 401;
   }
+
+  /** Whether the same key would be refused again. */
+  get isRefusal() {
+    return this.isAboutKey || this.status === 403;
+  }
 }
 
-/** A key that is kept in this tab's session storage only. */
+/** What `use` gives, or null where the browser keeps nothing for this page: it may block site data, and even looking fails. */
+function inSessionStorage(use) {
+  try {
+    return use(sessionStorage);
+  } catch (error) {
+    if (error instanceof DOMException) return null;
+    throw error;
+  }
+}
+
+/** A key that is kept in this tab's session storage only, and where there is none, until the page is left. */
 class Key {
+  #value;
+
   constructor(name, title) {
     this.name = `brainstacks.${name}`;
     this.title = title;
+    this.#value = inSessionStorage((kept) => kept.getItem(this.name)) ?? "";
   }
 
   get value() {
-    return sessionStorage.getItem(this.name) ?? "";
+    return this.#value;
   }
 
   set value(key) {
-    if (key) sessionStorage.setItem(this.name, key);
-    else sessionStorage.removeItem(this.name);
+    this.#value = key;
+    inSessionStorage((kept) => (key ? kept.setItem(this.name, key) : kept.removeItem(this.name)));
   }
 
   /** RequestFailed with a key that no header can carry. */

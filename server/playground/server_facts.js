@@ -1,11 +1,12 @@
 // What the server is: its model, domains and router policy. Tells listeners when they change; shows nothing.
 import { call } from "./server.js";
 
+const OUTDATED = ["model_not_found", "domain_not_found"];
 const EMPTY_TEXT = " "; // has no words, so that it is not read by the router
 
 /** Dispatches `change`. */
 export class ServerFacts extends EventTarget {
-  model = null;
+  model = null; // until the server told
   domains = [];
   policy = null;
 
@@ -16,6 +17,11 @@ export class ServerFacts extends EventTarget {
     this.domains = names.slice(1).map((name) => name.slice(this.model.length + 1)).filter((name) => name !== "base");
     this.policy = await this.#routerPolicy();
     this.dispatchEvent(new Event("change"));
+  }
+
+  /** Forgets the model if the failure shows that the server has changed, so that whoever asks next refreshes first. */
+  doubt(failure) {
+    if (OUTDATED.includes(failure.code)) this.model = null;
   }
 
   /** The hue that stands for a domain everywhere on the page, in degrees. */

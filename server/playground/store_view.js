@@ -28,19 +28,20 @@ export class StoreView {
     });
   }
 
-  /** Tries the key, if there is one, and shows what it opens. */
+  /** Tries the key, if there is one, and shows what it opens. What was open stays so unless the key is refused. */
   async open() {
+    const asked = adminKey.value;
+    let failure = null;
     $("unlock-said").replaceChildren();
-    let isOpen = false;
-    if (adminKey.value) {
-      try {
-        await this.domains.refresh();
-        isOpen = true;
-      } catch (error) {
-        $("unlock-said").append(failureBox(error, { forAdmin: true }));
-        if (error.isAboutKey || error.status === 403) adminKey.value = "";
-      }
+    try {
+      if (asked) await this.domains.refresh();
+    } catch (error) {
+      failure = error;
     }
+    if (adminKey.value !== asked) return; // whoever changed it has opened anew
+    if (failure !== null) $("unlock-said").replaceChildren(failureBox(failure, { forAdmin: true }));
+    if (failure?.isRefusal) adminKey.value = "";
+    const isOpen = adminKey.value !== "" && this.domains.shown !== null;
     if (!isOpen) this.domains.shown = null;
     $("unlock-note").hidden = isOpen;
     $("forget-key").hidden = !isOpen;
@@ -61,10 +62,11 @@ export class StoreView {
 
   #show() {
     if (!this.live.metrics) {
-      $("tiers").replaceChildren(failureBox(this.live.failure));
+      const told = $("tiers").querySelector(".message")?.textContent;
+      if (told !== this.live.failure.message) $("tiers").replaceChildren(failureBox(this.live.failure)); // an alert is read out once
       return;
     }
-    const stale = this.live.failure ? [element("p", { className: "note", textContent: "The server does not answer; this is what was seen last." })] : [];
+    const stale = this.live.failure ? [element("p", { className: "note", textContent: "Not everything was answered; this is what was seen last." })] : [];
     $("tiers").replaceChildren(...stale, ...tierDetails(this.live, this.facts, (key) => this.domains.isRegistered(key)));
     $("traffic").replaceChildren(trafficList(this.live));
   }

@@ -2,9 +2,19 @@
 "use strict";
 
 (() => {
+  /** What `use` gives, or null where the browser blocks site data: the choice then lasts as long as the page. */
+  const inLocalStorage = (use) => {
+    try {
+      return use(localStorage);
+    } catch (error) {
+      if (error instanceof DOMException) return null;
+      throw error;
+    }
+  };
+
   const root = document.documentElement;
   const system = window.matchMedia("(prefers-color-scheme: dark)");
-  const chosen = localStorage.getItem("brainstacks.theme");
+  const chosen = inLocalStorage((kept) => kept.getItem("brainstacks.theme"));
   if (chosen) root.dataset.theme = chosen;
 
   const isDark = () => (root.dataset.theme ?? (system.matches ? "dark" : "light")) === "dark";
@@ -14,7 +24,7 @@
     const show = () => button.setAttribute("aria-pressed", String(isDark()));
     button.addEventListener("click", () => {
       root.dataset.theme = isDark() ? "light" : "dark";
-      localStorage.setItem("brainstacks.theme", root.dataset.theme);
+      inLocalStorage((kept) => kept.setItem("brainstacks.theme", root.dataset.theme));
       show();
     });
     system.addEventListener("change", show);

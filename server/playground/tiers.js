@@ -2,6 +2,8 @@
 import { chip, counted, element, hued, inBytes, inPercent, inSeconds } from "./dom.js";
 
 const MAX_ROWS = 24;
+const LOCKED = "Which domains these are, and which are leased or pinned, needs the admin key.";
+const UNTOLD = "Which domains these are, the server did not tell.";
 
 /** `device`, and `host` where there is one: bytes from the cache's snapshot if it may be seen, else from the counters. */
 function tiersOf({ metrics, cache }) {
@@ -34,7 +36,7 @@ export function tierDetails(live, facts, isRegistered) {
     const parts = [tierHead(tier), tierBar(tier, facts)];
     parts.push(tierFigures(tier));
     if (tier.snapshot) parts.push(...entries(tier.snapshot, facts, isRegistered));
-    else parts.push(element("p", { className: "note", textContent: "Which domains these are, and which are leased or pinned, needs the admin key." }));
+    else parts.push(element("p", { className: "note", textContent: live.isLocked ? LOCKED : UNTOLD }));
     return element("section", { className: "tier", "aria-label": `${tier.name} tier` }, ...parts);
   });
 }

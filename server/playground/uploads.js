@@ -5,6 +5,7 @@ const MAX_BYTES = 1024 ** 3; // the browser hashes a file in one piece, which ha
 
 /** The files' digests, in order. `onProgress({text, share})` hears how far it is. */
 export async function uploadAll(files, { onProgress, signal }) {
+  checkAll(files);
   const total = files.reduce((bytes, file) => bytes + file.size, 0);
   const digests = [];
   let before = 0;
@@ -23,9 +24,16 @@ export async function uploadAll(files, { onProgress, signal }) {
   return digests;
 }
 
-async function digestOf(file) {
+/** Before the first byte is sent. RequestFailed for what no upload can carry. */
+function checkAll(files) {
   if (!crypto.subtle) throw refused("This browser computes digests only over HTTPS or on localhost.", "insecure_context");
-  if (file.size > MAX_BYTES) throw refused(`${file.name} is too large to be hashed in a browser.`, "file_too_large");
+  for (const file of files) {
+    if (!file.size) throw new RequestFailed(`${file.name} is empty.`, { code: "empty_file" });
+    if (file.size > MAX_BYTES) throw refused(`${file.name} is too large to be hashed in a browser.`, "file_too_large");
+  }
+}
+
+async function digestOf(file) {
   const digest = await crypto.subtle.digest("SHA-256", await file.arrayBuffer());
   return [...new Uint8Array(digest)].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }

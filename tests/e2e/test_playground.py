@@ -36,6 +36,9 @@ PHONE = {"width": 360, "height": 740}
 CHAT = "/v1/chat/completions"
 LONG = "Tell me a long story about a lighthouse keeper."
 FIRST_PIECE = f"data: {json.dumps({'choices': [{'delta': {'content': 'Eggs are'}}]})}\n\n"
+SCORES = {f"domain-{number}": number / 100 for number in range(10)}
+REPORT = {"scores": SCORES, "mix": {"domain-9": 0.09}, "cold": [], "seconds": {"decode": 1}}
+MANY_DOMAINS = f"data: {json.dumps({'choices': [], 'brainstacks': REPORT})}\n\ndata: [DONE]\n\n"
 LATE_ERROR = f"data: {json.dumps({'error': {'message': 'the engine failed', 'code': 'engine_failed'}})}\n\n"
 
 
@@ -301,6 +304,21 @@ def test_two_mixes_answer_one_question_side_by_side_at_once(visit: Visit) -> Non
     assert boxes[1] is not None
     assert boxes[0]["y"] == boxes[1]["y"]
     assert boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
+    told = page.locator("#announcer p").all_inner_texts()
+    # One line when it begins and one for the whole of it.
+    assert sorted(line[:9] for line in told) == ["Answer A ", "Answer A:", "Answer B ", "Answer B:"]
+
+
+def test_clearing_the_comparison_leaves_the_chats_answer_running(visit: Visit) -> None:
+    page = visit.open()
+    ask(page, LONG, tokens=1500)
+    expect(page.locator("article[aria-busy=true] .text")).not_to_be_empty(timeout=WAIT_MILLISECONDS)
+    page.get_by_role("link", name="Compare").click()
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_role("link", name="Chat").click()
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    page.get_by_role("button", name="New chat").click()
+    expect(page.get_by_role("button", name="Stop")).to_be_hidden()
 
 
 def test_a_wrong_api_key_is_told_and_the_right_one_mends_it_in_this_tab_only(visit: Visit) -> None:
@@ -329,22 +347,40 @@ def test_an_error_has_its_code_and_can_be_tried_again(visit: Visit) -> None:
     assert len(visit.bodies(CHAT)[-1]["messages"]) == 1  # the failed turn is not part of the chat
 
 
+def test_a_server_that_was_restarted_with_another_base_answers_the_next_try(visit: Visit) -> None:
+    page = visit.open()
+    models = {"json": {"data": [{"id": "another-base"}, {"id": "another-base:law"}]}}
+    page.route("**/v1/models", lambda route: route.fulfill(**models), times=1)
+    page.reload()
+    expect(page.locator("#server")).to_have_text("another-base · 1 domain")
+    ask(page, MATH, tokens=2)
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("model_not_found")
+    alert.get_by_role("button", name="Try again").click()
+    expect(page.locator(".report")).to_have_count(1, timeout=WAIT_MILLISECONDS)
+    expect(page.locator("#server")).to_contain_text("5 domains")
+
+
 def test_what_the_page_itself_refuses_is_told_in_words(visit: Visit) -> None:
     page = visit.open(api_key="left\N{EN DASH}right")
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("The API key holds “\N{EN DASH}”")
     expect(page.get_by_label("API key")).to_be_focused()
     page.get_by_role("link", name="Store", exact=True).first.click()
-    page.get_by_label("Admin key").fill("\N{SNOWMAN}")
-    page.get_by_label("Admin key").press("Enter")
+    enter_admin_key(page, "\N{SNOWMAN}")
     expect(alert).to_contain_text("The admin key holds “\N{SNOWMAN}”")
     expect(alert).to_contain_text("Enter the right admin key")
-    page.get_by_label("Admin key").fill(ADMIN_KEY)
-    page.get_by_label("Admin key").press("Enter")
+    enter_admin_key(page, ADMIN_KEY)
     page.get_by_label("Name").fill("law")
     page.get_by_role("button", name="Register", exact=True).click()
     expect(alert).to_contain_text("Choose at least one stack file.")
     expect(alert.locator(".codes")).to_have_text("no_stacks")
+    page.get_by_label("Stack files, one a round").set_input_files(
+        {"name": "1.safetensors", "mimeType": "application/octet-stream", "buffer": b""}
+    )
+    page.get_by_role("button", name="Register", exact=True).click()
+    expect(alert).to_contain_text("1.safetensors is empty.")
+    expect(alert.locator(".codes")).to_have_text("empty_file")
 
 
 def test_tiers_show_bytes_and_hit_rate_without_a_key_and_every_domain_with_it(visit: Visit) -> None:
@@ -355,15 +391,13 @@ def test_tiers_show_bytes_and_hit_rate_without_a_key_and_every_domain_with_it(vi
     expect(tiers).to_contain_text("needs the admin key")
     expect(page.locator("#domains-card")).to_be_hidden()
 
-    page.get_by_label("Admin key").fill("nonsense")
-    page.get_by_label("Admin key").press("Enter")
+    enter_admin_key(page, "nonsense")
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("the admin key is missing or wrong")
     expect(alert).to_contain_text("Enter the right admin key")
     expect(page.locator("#domains-card")).to_be_hidden()
 
-    page.get_by_label("Admin key").fill(ADMIN_KEY)
-    page.get_by_label("Admin key").press("Enter")
+    enter_admin_key(page, ADMIN_KEY)
     expect(alert).to_have_count(0)
     code = page.locator("[data-domain=code]")
     code.get_by_role("button", name="Pin code").click()
@@ -376,6 +410,54 @@ def test_tiers_show_bytes_and_hit_rate_without_a_key_and_every_domain_with_it(vi
     page.get_by_role("button", name="Forget").click()
     expect(page.locator("#domains-card")).to_be_hidden()
     assert page.evaluate("sessionStorage.getItem('brainstacks.admin-key')") is None
+
+
+def test_one_failed_look_at_the_cache_forgets_neither_pins_nor_the_key(visit: Visit) -> None:
+    page = visit.open("store", admin_key=ADMIN_KEY)
+    code = page.locator("[data-domain=code]")
+    code.get_by_role("button", name="Pin code").click()
+    expect(page.locator("#tiers li", has_text="code")).to_contain_text("pinned")
+    failure = {"status": 400, "json": {"error": {"message": "try again", "code": "disk_failed"}}}
+    page.route("**/admin/cache", lambda route: route.fulfill(**failure))
+    expect(page.locator("#tiers")).to_contain_text("this is what was seen last")
+    expect(page.locator("#tiers li", has_text="code")).to_contain_text("pinned")
+    expect(code).to_contain_text("pinned")
+    page.reload()
+    expect(page.locator("#tiers")).to_contain_text("the server did not tell")
+    expect(code).to_contain_text("pinned")  # as the list of domains says
+    page.get_by_role("button", name="Unpin code").click()
+    expect(code.get_by_role("button", name="Pin code", exact=True)).to_be_visible()
+    page.unroute("**/admin/cache")
+    expect(page.locator("#tiers li", has_text="code")).to_contain_text("resident")
+
+
+def test_what_is_told_of_an_older_key_changes_nothing(visit: Visit) -> None:
+    page = visit.open("store")
+    held: list[Route] = []
+    page.route("**/admin/domains", lambda route: held.append(route))
+    with page.expect_request("**/admin/domains"):
+        enter_admin_key(page, "nonsense")
+    with page.expect_request("**/admin/domains"):
+        enter_admin_key(page, ADMIN_KEY)
+    with page.expect_response("**/admin/domains"):
+        held[0].continue_()
+    with page.expect_response("**/admin/domains"):
+        held[1].continue_()
+    expect(page.locator("[data-domain]")).to_have_count(len(DOMAINS))
+    expect(page.get_by_role("alert")).to_have_count(0)
+    with page.expect_request("**/admin/domains"):
+        enter_admin_key(page, ADMIN_KEY)
+    page.get_by_role("button", name="Forget").click()
+    with page.expect_response("**/admin/domains"):
+        held[2].continue_()
+    with page.expect_response("**/metrics"):  # by when the page has read what came before
+        pass
+    expect(page.locator("#domains-card")).to_be_hidden()
+
+
+def enter_admin_key(page: Page, key: str) -> None:
+    page.get_by_label("Admin key").fill(key)
+    page.get_by_label("Admin key").press("Enter")
 
 
 def test_a_domain_in_use_drains_when_it_is_deleted_and_comes_back_by_upload(
@@ -411,14 +493,19 @@ def test_a_domain_in_use_drains_when_it_is_deleted_and_comes_back_by_upload(
     slow_uploads(visit, bytes_per_second=8_000_000)
     register.click()
     expect(page.get_by_label(f"Uploading {files[0].name} (2 of 2)")).to_have_attribute("value", re.compile(r"0\.[5-9]"))
-    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_label("Stack files, one a round")).to_be_disabled()  # nothing changes what is on its way
+    expect(page.get_by_role("button", name="one round earlier")).to_be_disabled()
+    cancel = page.get_by_role("button", name="Cancel")
+    expect(cancel).to_be_focused()
+    cancel.click()
+    expect(register).to_be_focused()
     expect(page.locator("#register [role=status]")).to_contain_text("Cancelled; the store is as it was.")
     slow_uploads(visit, bytes_per_second=-1)
     held: list[Route] = []
     page.route("**/admin/domains/medical", lambda route: held.append(route), times=1)
     register.click()
     expect(page.get_by_label("Verifying and registering")).to_be_visible()
-    expect(page.get_by_role("button", name="Cancel")).to_be_hidden()  # the server goes on whatever the page does
+    expect(cancel).to_be_hidden()  # the server goes on whatever the page does
     held[0].continue_()
     expect(page.locator("#register [role=status]")).to_contain_text("Registered: medical, 2 rounds")
     expect(page.locator("[data-domain=medical]")).to_contain_text("on disk")
@@ -489,9 +576,13 @@ def test_a_phone_shows_everything_without_scrolling_sideways(visit: Visit) -> No
     ask_on_phone(page, MEDICAL)
     expect(page.locator("#view-compare .report")).to_have_count(2, timeout=WAIT_MILLISECONDS)
     assert overflowing(page) == []
+    expect(page.get_by_role("button", name="Clear")).to_have_css("font-size", "15px")  # a word, not a sign
     page.get_by_role("link", name="Store").click()
     expect(page.locator("[data-domain]")).to_have_count(len(DOMAINS))
     assert overflowing(page) == []
+    typed = page.locator("textarea, input:not([type=range], [type=radio], [type=file])")
+    sizes = typed.evaluate_all("(all) => all.map((e) => getComputedStyle(e).fontSize)")
+    assert set(sizes) == {"16px"}  # phones zoom in on anything smaller
 
 
 def ask_on_phone(page: Page, question: str) -> None:
@@ -564,6 +655,49 @@ def test_everything_works_by_keyboard_alone(visit: Visit) -> None:
     expect(page.locator("#view-compare")).to_be_visible()
 
 
+def test_the_focus_stays_near_what_was_used(visit: Visit) -> None:
+    page = visit.page
+    refused = {"status": 404, "json": {"error": {"message": "no", "code": "not_found"}}}
+    page.route("**/v1/models", lambda route: route.fulfill(**refused), times=1)
+    visit.open()
+    page.get_by_role("button", name="Try again").press("Enter")
+    expect(page.locator("#main")).to_be_focused()
+    page.route(f"**{CHAT}", lambda route: route.fulfill(content_type="text/event-stream", body=MANY_DOMAINS))
+    page.route(f"**{CHAT}", lambda route: route.fulfill(**refused), times=1)
+    page.get_by_role("button", name="What is diabetes?").press("Enter")
+    conversation = page.get_by_role("region", name="Conversation")
+    expect(conversation).to_be_focused()
+    page.get_by_role("button", name="Try again").press("Enter")
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(conversation).to_be_focused()
+    expect(page.locator(".report tbody tr:visible")).to_have_count(5)
+    page.get_by_role("button", name="Show 5 domains more").press("Enter")
+    expect(page.locator(".report tbody tr:visible")).to_have_count(10)
+    expect(page.get_by_role("button", name="Show fewer")).to_be_focused()
+
+
+def test_enter_of_an_input_method_sends_nothing(visit: Visit) -> None:
+    page = visit.open()
+    question = page.get_by_label("Your question")
+    question.fill(MATH)
+    for composing in ({"isComposing": True}, {"keyCode": 229}):  # the second is Safari's
+        question.dispatch_event("keydown", {"key": "Enter", "bubbles": True, **composing})
+        assert page.get_by_role("button", name="Stop").is_hidden()
+
+
+def test_a_failure_that_lasts_is_read_out_once(visit: Visit) -> None:
+    page = visit.page
+    refused = {"status": 404, "json": {"error": {"message": "no metrics", "code": "not_found"}}}
+    page.route("**/metrics", lambda route: route.fulfill(**refused))
+    visit.open("store")
+    box = page.locator("#tiers").get_by_role("alert")
+    box.evaluate("(e) => { e.dataset.seen = 'before'; }")
+    for _ in range(2):
+        with page.expect_response("**/metrics"):
+            pass
+    expect(box).to_have_attribute("data-seen", "before")
+
+
 def next_focus(page: Page) -> str:
     """Presses Tab, and what has the focus then, by the name that it tells."""
     page.keyboard.press("Tab")
@@ -588,6 +722,23 @@ def test_the_scheme_can_be_chosen_and_is_remembered(visit: Visit) -> None:
     page.reload()
     expect(page.get_by_role("button", name="Dark theme")).to_have_attribute("aria-pressed", "true")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == dark
+
+
+def test_the_page_works_where_the_browser_keeps_nothing(visit: Visit) -> None:
+    page = visit.page
+    page.add_init_script(
+        """for (const name of ["localStorage", "sessionStorage"]) Object.defineProperty(window, name, {
+            get() { throw new DOMException("site data is blocked", "SecurityError"); } });"""
+    )
+    page.goto(visit.url)
+    page.get_by_label("API key").fill("secret")
+    page.get_by_label("API key").press("Enter")
+    expect(page.locator("#server")).to_contain_text("5 domains")
+    page.get_by_role("button", name="Dark theme").click()
+    expect(page.get_by_role("button", name="Dark theme")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("link", name="Store", exact=True).first.click()
+    enter_admin_key(page, ADMIN_KEY)
+    expect(page.locator("[data-domain]")).to_have_count(len(DOMAINS))
 
 
 @pytest.mark.parametrize("visit", [{"reduced_motion": "reduce"}], indirect=True)
