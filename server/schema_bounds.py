@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import islice
 from typing import Any
 
 from server.errors import InvalidRequest
@@ -23,6 +24,7 @@ MAX_MULTIPLE = 10_000  # least common, in units of the last decimal place
 # Of each schema: what may come next at one place of an answer is all from one.
 MAX_DEPTH = 64  # lists and objects inside each other: thirty objects
 MAX_PROPERTIES = 500
+MAX_READ = 50_000  # of its parts, where parts are combined and refer to each other; only multiples are looked for there
 MAX_VARIANTS = 100  # beyond the first of each anyOf and oneOf; null is none
 
 ANNOTATIONS = frozenset(
@@ -62,6 +64,8 @@ class SchemaBounds:
         num_variants = sum(_num_variants(one.get(key)) for one in objects for key in CHOICES)
         if num_variants > MAX_VARIANTS:
             raise _too_many("the schema has", num_variants, "variants of anyOf and oneOf", MAX_VARIANTS)
+        if all(_multiple(one) is None for one in objects):
+            return
         for together in _multiples(schema):
             self._num_multiples += _least_common(together)
             if self._num_multiples > MAX_MULTIPLES:
@@ -71,11 +75,17 @@ class SchemaBounds:
 def _multiples(schema: object) -> Iterator[list[float]]:
     """Every `multipleOf`, beside the others that the same number may have to keep to."""
     todo = [schema]
+    num_read = 0
     while todo:
         node = todo.pop()
         if isinstance(node, dict) and _is_joint(node):
-            joint = (_multiple(one) for one in _reachable(node, schema))
-            yield [number for number in joint if number is not None]
+            joint = list(islice(_reachable(node, schema), MAX_READ - num_read))
+            num_read += len(joint)
+            if num_read == MAX_READ:
+                raise ValueError(
+                    f"what is combined by allOf, anyOf and the like has {MAX_READ} schemas, counting repeats"
+                )
+            yield [number for number in map(_multiple, joint) if number is not None]
         else:
             if isinstance(node, dict) and (number := _multiple(node)) is not None:
                 yield [number]
@@ -104,11 +114,14 @@ def _reachable(node: object, root: object) -> Iterator[dict[str, Any]]:
 
 def _at(root: object, reference: str) -> object:
     """What a reference of this document names; nothing if there is none, which whoever compiles it will say."""
-    for name in reference.removeprefix("#").split("/")[1:]:
-        if not isinstance(root, dict):
-            return None
-        root = root.get(name.replace("~1", "/").replace("~0", "~"))
-    return root if reference.startswith("#") else None
+    if not reference.startswith("#"):
+        return None
+    for name in reference.split("/")[1:]:
+        if isinstance(root, list):
+            root = dict(enumerate(root)).get(int(name) if name.isdecimal() else -1)
+        else:
+            root = root.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(root, dict) else None
+    return root
 
 
 def _multiple(schema: dict[str, Any]) -> float | None:

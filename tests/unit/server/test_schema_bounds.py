@@ -84,10 +84,18 @@ def test_what_is_within_the_bounds_passes(schema: dict[str, Any]) -> None:
         ({"anyOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}, "least common multiple"),
         ({"$ref": "#/$defs/a", "multipleOf": 9967, **DEFS}, "least common multiple"),
         ({"allOf": [{"$ref": "#/$defs/b"}, {"multipleOf": 9967}], **DEFS}, "least common multiple"),
+        (
+            {"allOf": [{"$ref": "#/prefixItems/1"}, {"multipleOf": 9967}], "prefixItems": [{}, M1]},
+            "least common multiple",
+        ),
         ({"anyOf": [{"$ref": "#/$defs/b"}], "multipleOf": 9967, **DEFS}, "least common multiple"),
         ({"properties": {"a": M1}, "patternProperties": {"a|b": {"multipleOf": 9967}}}, "least common multiple"),
         (several_numbers(11), "109945 units of multipleOf"),
         (multiples(9973, 1e-12), "least common multiple"),
+        (
+            {"items": [{"allOf": [{"$ref": "#/$defs/d"}]}] * 300, "$defs": {"d": wide(200), **DEFS["$defs"]}},
+            "50000 schemas",
+        ),
         ({"multipleOf": 10**4000}, "multipleOf"),
         ({"multipleOf": 1e300}, "multipleOf"),
         ({"multipleOf": 0}, "multipleOf is 0, it must be above 0"),
