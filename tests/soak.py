@@ -393,7 +393,6 @@ def run_soak(
         "store__import_root": folder / "import",
         "store__verify_interval_seconds": 1,
         "engine__max_batch_rows": 8,
-        "engine__kv_cache_tokens": 4096,  # small, so that all its pages are in use soon and do not look like growth
     }
     with ServerProcess(store, folder / "log", **settings) as server:
         soak = Soak(server, folder, asked, seconds=seconds, seed=seed)
