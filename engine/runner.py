@@ -60,8 +60,8 @@ class Runner:
             static_decode = base.device.type == "cuda" and importlib.util.find_spec("triton") is not None
         num_scratch = BLOCK_TOKENS if static_decode else 0  # of rows that only pad a batch
         shape = (base.num_layers, config.num_key_value_heads, num_kv_positions + num_scratch, head_size)
-        # Written to, or a CPU's system would give it pages as positions are used: memory would grow for hours, and where
-        # there is too little of it, that would show in the middle of the night.
+        # Written to: a CPU's system gives pages when they are used, so memory would grow for hours, and where there is
+        # too little of it, that would show in the middle of the night.
         keys = torch.empty(shape, dtype=base.dtype, device=base.device).zero_()
         values = torch.empty(shape, dtype=base.dtype, device=base.device).zero_()
         self._keys, self._values = keys.unbind(0), values.unbind(0)
