@@ -74,6 +74,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
+        self._has_moved = True
         if self._part != "refused":
             super().on_message_complete()
 

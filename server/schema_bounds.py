@@ -24,6 +24,7 @@ MAX_MULTIPLE = 10_000  # least common, in units of the last decimal place
 # Of each schema: what may come next at one place of an answer is all from one.
 MAX_DEPTH = 64  # lists and objects inside each other: thirty objects
 MAX_PROPERTIES = 500
+MAX_DENOMINATOR = 10**12  # of a multiple
 MAX_READ = 50_000  # of its parts, where parts are combined and refer to each other; only multiples are looked for there
 MAX_VARIANTS = 100  # beyond the first of each anyOf and oneOf; null is none
 
@@ -97,31 +98,32 @@ def _is_joint(schema: dict[str, Any]) -> bool:
     if "allOf" in schema or "patternProperties" in schema or any(_num_variants(schema.get(key)) for key in CHOICES):
         return True
     others = [key for key in ("$ref", *CHOICES) if key in schema]
-    return bool(others) and len(schema.keys() - NAMED) > 1
+    return bool(others) and len(schema.keys() - NAMED - {"$schema"}) > 1
 
 
 def _reachable(node: object, root: object) -> Iterator[dict[str, Any]]:
     """All objects in it, and in what they refer to within the whole."""
     todo, followed = [node], set()
+    has_names = any("$id" in one or "id" in one for one in _objects(root))  # to which references may be relative
     while todo:
         for one in _objects(todo.pop()):
             yield one
             reference = one.get("$ref")
             if isinstance(reference, str) and reference not in followed:
                 followed.add(reference)
-                todo.append(_at(root, reference))
+                todo.append(root if has_names else _at(root, reference))
 
 
 def _at(root: object, reference: str) -> object:
-    """What a reference of this document names; nothing if there is none, which whoever compiles it will say."""
-    if not reference.startswith("#"):
-        return None
+    """What a plain reference of this document names; the whole for any other, which may name anything in it."""
+    if not reference.startswith("#") or "%" in reference:
+        return root
+    node = root
     for name in reference.split("/")[1:]:
-        if isinstance(root, list):
-            root = dict(enumerate(root)).get(int(name) if name.isdecimal() else -1)
-        else:
-            root = root.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(root, dict) else None
-    return root
+        if not isinstance(node, dict):
+            return root
+        node = node.get(name.replace("~1", "/").replace("~0", "~"))
+    return root if node is None else node
 
 
 def _multiple(schema: dict[str, Any]) -> float | None:
@@ -136,6 +138,8 @@ def _least_common(numbers: Sequence[float]) -> int:
         if number <= 0:
             raise ValueError(f"multipleOf is {number}, it must be above 0")
         exact, finer = Fraction(str(number)), unit
+        if exact.denominator > MAX_DENOMINATOR:
+            raise ValueError(f"multipleOf is {str(number)[:20]}, it has too many decimal places")
         while (exact * finer).denominator > 1:
             finer *= 10
         steps = int(exact * finer)

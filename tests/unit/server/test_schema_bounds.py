@@ -58,6 +58,7 @@ def several_numbers(count: int) -> dict[str, Any]:
         {"properties": {"description": {"type": "string", "description": "x" * MAX_CHARACTERS}}},
         {"$ref": "#/$defs/a", "description": "a number", **DEFS},
         {"allOf": [{"$ref": "#/$defs/none"}, {"$ref": "other.json"}, {"$ref": "#/$defs/a/multipleOf/x"}], **DEFS},
+        {"$schema": "x", "$ref": "#/definitions/r", "definitions": {"r": several_numbers(2)}},
         {"$ref": "#/$defs/c", "$defs": {"c": {"allOf": [{"$ref": "#/$defs/c"}]}}},
         {"multipleOf": True, "properties": {"multipleOf": STRING, "anyOf": STRING}},
     ],
@@ -83,6 +84,10 @@ def test_what_is_within_the_bounds_passes(schema: dict[str, Any]) -> None:
         (multiples(9973, 9967), "multipleOf is .*least common multiple"),
         ({"anyOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}, "least common multiple"),
         ({"$ref": "#/$defs/a", "multipleOf": 9967, **DEFS}, "least common multiple"),
+        ({"$ref": "#/%24defs/a", "multipleOf": 9967, **DEFS}, "least common multiple"),
+        ({"$ref": "json-schema:///#/$defs/a", "multipleOf": 9967, **DEFS}, "least common multiple"),
+        ({"$id": "http://e.x/r", "$ref": "http://e.x/r#/$defs/a", "multipleOf": 9967, **DEFS}, "least common multiple"),
+        ({"prefixItems": [{"multipleOf": 1e-300}] * 2500}, "decimal places"),
         ({"allOf": [{"$ref": "#/$defs/b"}, {"multipleOf": 9967}], **DEFS}, "least common multiple"),
         (
             {"allOf": [{"$ref": "#/prefixItems/1"}, {"multipleOf": 9967}], "prefixItems": [{}, M1]},
