@@ -416,7 +416,6 @@ class Engine:
         """Everybody is told before anything is let go of, because that may fail too where a step has."""
         for sequence in self._tell_all(error):
             self._forget(sequence)
-        self._check_integrity()
 
     def _tell_all(self, error: Exception) -> list[Sequence]:
         """Ends every sequence for its caller, and returns those that were."""
@@ -434,7 +433,7 @@ class Engine:
         self._sequences.pop(sequence.request.request_id, None)
 
     def _check_integrity(self) -> None:
-        """While nobody waits: it walks through the whole cache. Once after the latest step."""
+        """Once behind the latest step, when the engine has been idle for a while: it walks through the whole cache."""
         if self._checked_steps != self._steps:
             self._scheduler.check_integrity()
             self._checked_steps = self._steps

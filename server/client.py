@@ -174,7 +174,7 @@ class EventReader:
 
     def require_end(self) -> None:
         """RequestFailed for a stream that was over without [DONE]."""
-        if not self._is_done:
+        if not self._is_done and self._rest.rstrip() != DONE:
             raise RequestFailed("the stream broke off: it did not end with [DONE]")
 
 

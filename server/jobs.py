@@ -14,16 +14,17 @@ from server.service import Job, Service
 DEFAULT_COMPLETION_TOKENS = 16  # as in OpenAI's reference of /v1/completions
 COMPILE_SECONDS = 10.0
 MAX_ID_DIGITS = 20
-MAX_ALTERNATIVES = 2**22  # of log probabilities in an answer: half a gigabyte
+MAX_ALTERNATIVES = 2**22  # log probabilities that an answer may hold at once: half a gigabyte
 
 
 async def read_chat_job(service: Service, request: ChatCompletionRequest, choice: MixChoice) -> Job:
     """Renders, counts and checks. Everything else that is wrong with the request is raised here."""
     form = _read_form(request)
-    service.reader.check_length([message.text for message in request.messages], param="messages")
+    service.reader.check_length(sum(len(message.text) for message in request.messages), param="messages")
     prompt = await service.reader.read_chat(request.messages, functions=form.functions)
     max_tokens = service.reader.fit(prompt, request.token_limit, param="messages")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    _check_alternatives(request, logprobs, num_positions=0 if request.stream else max_tokens)
     if form.content is not None:  # alone first, so that a fault of it is not taken for one of the tools
         await _compile(service, AnswerForm(form.content, ()))
     grammar = await _compile(service, form)
@@ -33,25 +34,31 @@ async def read_chat_job(service: Service, request: ChatCompletionRequest, choice
 
 async def read_completion_job(service: Service, request: CompletionRequest, choice: MixChoice) -> Job:
     """As for chat; each prompt is counted on its own."""
-    service.reader.check_length([text for text in request.prompts if isinstance(text, str)], param="prompt")
+    texts = (text for text in request.prompts if isinstance(text, str))
+    service.reader.check_length(max(map(len, texts), default=0), param="prompt")
     prompts = await service.reader.read_texts(request.prompts, add_special_tokens=request.add_special_tokens)
     samplings = []
-    num_alternatives = 0
+    num_positions = 0
     for prompt in prompts:
         max_tokens = service.reader.fit(prompt, request.max_tokens, param="prompt")
         if request.max_tokens is None:
             max_tokens = min(max_tokens, DEFAULT_COMPLETION_TOKENS)
-        num_positions = max_tokens + (len(prompt.token_ids) if request.echo else 0)
-        num_alternatives += num_positions * (request.n or 1) * (1 + (request.logprobs or 0))
-        if request.logprobs is not None and num_alternatives > MAX_ALTERNATIVES:
-            raise InvalidRequest(
-                f"logprobs: the answer may have more than {MAX_ALTERNATIVES} log probabilities; ask for fewer prompts",
-                param="logprobs",
-            )
+        num_positions += (0 if request.stream else max_tokens) + (len(prompt.token_ids) if request.echo else 0)
         samplings.append(
             _read_sampling(service, request, max_tokens=max_tokens, logprobs=request.logprobs, echo=request.echo)
         )
+    _check_alternatives(request, request.logprobs, num_positions=num_positions)
     return Job(tuple(prompts), tuple(samplings), request.n or 1, choice)
+
+
+def _check_alternatives(request: SamplingFields, logprobs: int | None, *, num_positions: int) -> None:
+    """InvalidRequest for an answer of so many positions, in each choice, that could hold too many log probabilities."""
+    if logprobs is not None and num_positions * (request.n or 1) * (1 + logprobs) > MAX_ALTERNATIVES:
+        raise InvalidRequest(
+            f"logprobs: the answer may have more than {MAX_ALTERNATIVES} log probabilities at once; "
+            "ask for fewer tokens, choices or prompts",
+            param="logprobs",
+        )
 
 
 def _read_form(request: ChatCompletionRequest) -> AnswerForm:

@@ -20,7 +20,7 @@ from server.tool_turns import describe, plain_turns, template_knows_tools, templ
 LONG_TEXT_CHARACTERS = 8192
 LONG_CHAT_MESSAGES = 64
 LONG_TOKENS = 4096
-SHRINKAGE = 4  # no tokenizer's normalisation makes a text shorter by more
+SHRINKAGE = 4  # characters that a template may trim or a tokenizer compose, for each that is left; more than is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +73,10 @@ class PromptReader:
         read = partial(self._read_texts, prompts, add_special_tokens)
         return await asyncio.to_thread(read) if sum(map(len, prompts)) > LONG_TOKENS else read()
 
-    def check_length(self, texts: Sequence[str], *, param: str) -> None:
+    def check_length(self, num_characters: int, *, param: str) -> None:
         """ContextTooLong for a text that cannot fit, however it is tokenized, which would take seconds."""
-        longest = max(map(len, texts), default=0)
-        if longest > self._max_characters:
-            raise self._too_long(f"{longest} characters in the {param}", param=param)
+        if num_characters > self._max_characters:
+            raise self._too_long(f"{num_characters} characters in the {param}", param=param)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Text -> token ids, off the event loop when it is long."""

@@ -9,7 +9,7 @@ to be, or may be, compile for seconds.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import islice
 from typing import Any
@@ -25,7 +25,7 @@ MAX_MULTIPLE = 10_000  # least common, in units of the last decimal place
 MAX_DEPTH = 64  # lists and objects inside each other: thirty objects
 MAX_PROPERTIES = 500
 MAX_DENOMINATOR = 10**12  # of a multiple
-MAX_READ = 50_000  # of its parts, where parts are combined and refer to each other; only multiples are looked for there
+MAX_READ = 20_000  # parts in what is combined, each as often as it is referred to; multiples are looked for there
 MAX_VARIANTS = 100  # beyond the first of each anyOf and oneOf; null is none
 
 ANNOTATIONS = frozenset(
@@ -73,23 +73,24 @@ class SchemaBounds:
                 raise _too_many("with it the schemas have", self._num_multiples, "units of multipleOf", MAX_MULTIPLES)
 
 
-def _multiples(schema: object) -> Iterator[list[float]]:
+def _multiples(schema: object) -> Iterator[set[float]]:
     """Every `multipleOf`, beside the others that the same number may have to keep to."""
+    references = _References(schema)
     todo = [schema]
     num_read = 0
     while todo:
         node = todo.pop()
         if isinstance(node, dict) and _is_joint(node):
-            joint = list(islice(_reachable(node, schema), MAX_READ - num_read))
+            joint = list(islice(references.reachable(node), MAX_READ - num_read))
             num_read += len(joint)
             if num_read == MAX_READ:
                 raise ValueError(
-                    f"what is combined by allOf, anyOf and the like has {MAX_READ} schemas, counting repeats"
+                    f"what is combined by allOf, anyOf and the like has {MAX_READ} parts, counting repeats"
                 )
-            yield [number for number in map(_multiple, joint) if number is not None]
+            yield {number for number in map(_multiple, joint) if number is not None}
         else:
-            if isinstance(node, dict) and (number := _multiple(node)) is not None:
-                yield [number]
+            if (number := _multiple(node)) is not None:
+                yield {number}
             todo.extend(_children(node))
 
 
@@ -101,37 +102,48 @@ def _is_joint(schema: dict[str, Any]) -> bool:
     return bool(others) and len(schema.keys() - NAMED - {"$schema"}) > 1
 
 
-def _reachable(node: object, root: object) -> Iterator[dict[str, Any]]:
-    """All objects in it, and in what they refer to within the whole."""
-    todo, followed = [node], set()
-    has_names = any("$id" in one or "id" in one for one in _objects(root))  # to which references may be relative
-    while todo:
-        for one in _objects(todo.pop()):
+class _References:
+    """What the parts of one schema say of each other."""
+
+    def __init__(self, root: object) -> None:
+        self._root = root
+        # To which references may be relative.
+        self._has_names = any("$id" in one or "id" in one for one in _objects(root))
+        self._found: dict[str, object] = {}
+
+    def reachable(self, node: object) -> Iterator[object]:
+        """Everything in it, and in what it refers to."""
+        todo, followed = [node], set()
+        while todo:
+            one = todo.pop()
             yield one
-            reference = one.get("$ref")
+            todo.extend(_children(one))
+            reference = one.get("$ref") if isinstance(one, dict) else None
             if isinstance(reference, str) and reference not in followed:
                 followed.add(reference)
-                todo.append(root if has_names else _at(root, reference))
+                todo.append(self._at(reference))
+
+    def _at(self, reference: str) -> object:
+        if reference not in self._found:
+            self._found[reference] = self._find(reference)
+        return self._found[reference]
+
+    def _find(self, reference: str) -> object:
+        """What a plain reference names; the whole for any other, which may name anything in it."""
+        if self._has_names or not reference.startswith("#") or "%" in reference:
+            return self._root
+        node = self._root
+        for name in reference.split("/")[1:]:
+            node = node.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(node, dict) else None
+        return self._root if node is None else node
 
 
-def _at(root: object, reference: str) -> object:
-    """What a plain reference of this document names; the whole for any other, which may name anything in it."""
-    if not reference.startswith("#") or "%" in reference:
-        return root
-    node = root
-    for name in reference.split("/")[1:]:
-        if not isinstance(node, dict):
-            return root
-        node = node.get(name.replace("~1", "/").replace("~0", "~"))
-    return root if node is None else node
-
-
-def _multiple(schema: dict[str, Any]) -> float | None:
-    number = schema.get("multipleOf")
+def _multiple(node: object) -> float | None:
+    number = node.get("multipleOf") if isinstance(node, dict) else None
     return number if isinstance(number, int | float) and not isinstance(number, bool) else None
 
 
-def _least_common(numbers: Sequence[float]) -> int:
+def _least_common(numbers: Iterable[float]) -> int:
     """In units of the last place. What is a multiple of each of several numbers costs as much as one of this."""
     multiple, unit = 1, 1
     for place, number in enumerate(numbers):

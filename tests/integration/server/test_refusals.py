@@ -99,23 +99,20 @@ def test_more_messages_than_the_context_has_tokens_are_refused_unread(shared_ser
     assert "maximum context length is 400 tokens, the request has 401 messages" in error["message"]
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "param"),
-    [
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 2000}]}, "messages"),
-        ("/v1/completions", {"prompt": ["x", "x" * 2000]}, "prompt"),
-    ],
-)
+@pytest.mark.parametrize(("path", "param"), [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt")])
 def test_what_no_tokens_could_make_short_enough_is_refused_uncounted(
-    shared_server: LiveServer, path: str, body: dict[str, Any], param: str
+    shared_server: LiveServer, path: str, param: str
 ) -> None:
-    """The tokenizer of these tests has no token of several characters but one of seven."""
-    body = json.loads(json.dumps(body).replace("x" * 2000, "x" * (4 * 7 * 400 + 1)))
-    error = refuse(shared_server, path, body, 400)
+    """Four times the context of 400, of the longest token, which has seven characters."""
+
+    def body(num_characters: int) -> dict[str, Any]:
+        texts = ["x", "x" * (num_characters - 1)] if param == "messages" else ["x", "x" * num_characters]
+        return {param: texts if param == "prompt" else [{"role": "user", "content": text} for text in texts]}
+
+    error = refuse(shared_server, path, body(4 * 7 * 400 + 1), 400)
     assert (error["code"], error["param"]) == ("context_length_exceeded", param)
     assert "maximum context length is 400 tokens, the request has 11201 characters" in error["message"]
-    counted = refuse(shared_server, path, json.loads(json.dumps(body).replace("x" * 1200, "")), 400)
-    assert "characters" not in counted["message"]
+    assert "characters" not in refuse(shared_server, path, body(4 * 7 * 400), 400)["message"]
     with shared_server.client() as client:
         assert client.post("/tokenize", json={"prompt": "x" * 20_000}).json()["count"] == 20_000
 
@@ -129,8 +126,14 @@ def test_more_log_probabilities_than_memory_should_hold_are_refused(
         assert client.post("/v1/completions", json=body).status_code == 200
     for more in ({"prompt": ["four", "fives"]}, {"max_tokens": 6}, {"logprobs": 6}, {"n": 4}):
         assert refuse(shared_server, "/v1/completions", body | more, 400)["param"] == "logprobs"
+    chat = {"messages": MESSAGES, "n": 3, "max_tokens": 18, "logprobs": True, "top_logprobs": 11}
+    assert refuse(shared_server, "/v1/chat/completions", chat, 400)["param"] == "logprobs"
     assert body.pop("logprobs")  # without them the same is fine
     with shared_server.client() as client:
+        assert client.post("/v1/chat/completions", json=chat | {"top_logprobs": 5}).status_code == 200
+        assert (
+            client.post("/v1/chat/completions", json=chat | {"stream": True}).status_code == 200
+        )  # holds none of them
         assert client.post("/v1/completions", json=body | {"max_tokens": 300}).status_code == 200
 
 

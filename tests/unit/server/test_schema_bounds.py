@@ -99,8 +99,10 @@ def test_what_is_within_the_bounds_passes(schema: dict[str, Any]) -> None:
         (multiples(9973, 1e-12), "least common multiple"),
         (
             {"items": [{"allOf": [{"$ref": "#/$defs/d"}]}] * 300, "$defs": {"d": wide(200), **DEFS["$defs"]}},
-            "50000 schemas",
+            "20000 parts",
         ),
+        ({"a": [0] * 15_000, "m": M1, "b": [{"allOf": [], "$ref": "#/a"}] * 1000}, "20000 parts"),
+        ({"a": {"$ref": "#" + "/a" * 15_000}, "m": M1, "b": [{"allOf": [{"$ref": "#/a"}]}] * 1000}, "20000 parts"),
         ({"multipleOf": 10**4000}, "multipleOf"),
         ({"multipleOf": 1e300}, "multipleOf"),
         ({"multipleOf": 0}, "multipleOf is 0, it must be above 0"),
