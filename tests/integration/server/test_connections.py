@@ -61,6 +61,51 @@ def test_what_is_no_http_is_refused_in_plain_text_without_an_id(server: LiveServ
         assert (refusal.getheader("content-type") or "").startswith("text/plain")
 
 
+@pytest.mark.parametrize("pieces", ["one", "two", "bytes"])
+def test_an_upgrade_is_not_taken_and_the_body_is_read(server: LiveServer, pieces: str) -> None:
+    """As Java's client asks."""
+    head, content = request_of("/v1/chat/completions", CHAT).split(b"\r\n\r\n", 1)
+    head += (
+        b"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n\r\n"
+    )
+    whole = head + content
+    parts = {"one": [whole], "two": [head, content], "bytes": [bytes([byte]) for byte in whole]}[pieces]
+    with connected(server) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(2):  # the connection serves on
+            for part in parts:
+                connection.sendall(part)
+            answer = answer_of(connection)
+            assert (answer.status, json.loads(answer.read())["object"]) == (200, "chat.completion")
+
+
+@pytest.mark.parametrize("head", ["GET /health/live", "GET /v1/models"])
+def test_a_websocket_is_answered_as_a_plain_request(server: LiveServer, head: str) -> None:
+    with connected(server) as connection:
+        upgrade = "Connection: upgrade\r\nUpgrade: websocket\r\nsec-websocket-key: x\r\nsec-websocket-version: 13"
+        connection.sendall(f"{head} HTTP/1.1\r\nhost: x\r\n{upgrade}\r\n\r\n".encode())
+        assert answer_of(connection).status == 200
+
+
+def test_a_tunnel_is_refused(server: LiveServer) -> None:
+    with connected(server) as connection:
+        connection.sendall(b"CONNECT example.org:443 HTTP/1.1\r\nhost: example.org:443\r\n\r\n")
+        assert answer_of(connection).status == 400
+        assert connection.recv(1) == b""
+
+
+def test_an_upgrade_behind_another_request_closes_the_connection_behind_that(server: LiveServer) -> None:
+    server.engine.may_decode.clear()
+    upgrade = b"GET /health/live HTTP/1.1\r\nhost: x\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n"
+    with connected(server) as connection:
+        connection.sendall(request_of("/v1/chat/completions", CHAT) + upgrade)
+        wait_until(lambda: server.engine.num_sent() == 1, what="the first request decodes")
+        server.engine.may_decode.set()
+        answer = answer_of(connection)
+        assert (answer.status, json.loads(answer.read())["object"]) == (200, "chat.completion")
+        assert connection.recv(1) == b""
+
+
 def test_a_long_head_and_a_longer_body_are_read(server: LiveServer) -> None:
     body = CHAT | {"user": "x" * 200_000}
     with connected(server) as connection:

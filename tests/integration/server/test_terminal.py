@@ -17,7 +17,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from server.cli import app
-from server.client import ServerClient
+from server.client import EventReader, ServerClient
+from server.errors import RequestFailed
 from tests.fakes import tiny_header, write_random_stack
 from tests.integration.server.conftest import ADMIN_KEY
 from tests.servers import ANSWER, LiveServer, ScriptedRouter, make_store, run_live_server, wait_until
@@ -257,6 +258,15 @@ def test_only_a_line_feed_ends_an_event(command: str, tmp_path: Path) -> None:
         shown = run(server, command, text="hello\n").stdout
     if command == "chat":
         assert shown.startswith("a\u2028b\u2029c\\x85d\n")
+
+
+def test_the_last_line_of_a_stream_needs_no_end() -> None:
+    events = EventReader()
+    assert list(events.read(b'data: {"choices": []}\n\ndata: [DO')) == [{"choices": []}]
+    with pytest.raises(RequestFailed, match="did not end"):
+        events.require_end()
+    assert list(events.read(b"NE]")) == []
+    events.require_end()
 
 
 def test_nothing_is_said_of_a_mix_that_was_not_told() -> None:
