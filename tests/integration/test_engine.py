@@ -491,13 +491,23 @@ def test_whatever_cannot_be_let_go_of_is_told_all_the_same(
         name, events = client.submit(PROMPTS[0], greedy(100 if is_cancelled else 20))
         events.get(timeout=60)
 
+        is_failing, has_submitted = threading.Event(), threading.Event()
+
         def fail() -> NoReturn:
+            is_failing.set()
+            has_submitted.wait(60)
             raise RuntimeError("device lost")
 
         monkeypatch.setattr(client.engine._runner, "release_pack", fail)
         if is_cancelled:
             client.engine.cancel(name)
+        assert is_failing.wait(60)
+        _, on_the_way = client.submit(PROMPTS[0], greedy(1))
+        job = client.engine.run_on_device(lambda: None)
+        has_submitted.set()
         assert isinstance(collect(events).error, EngineFailed)
+        assert isinstance(collect(on_the_way).error, EngineFailed)
+        assert isinstance(job.exception(timeout=60), EngineFailed)
         wait_until(lambda: math.isinf(client.engine.heartbeat_age_seconds()), what="the engine has ended")
 
 
